@@ -1,0 +1,1 @@
+"""stitch_ray: select data, fine-tune and serve LLMs on Ray, and know when an answer can be trusted."""

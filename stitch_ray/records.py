@@ -1,0 +1,101 @@
+"""Typed records and their Arrow schemas: the only definition of a field name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import unicodedata
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message of a conversation. `role` is `system`, `user`, `assistant` or `tool`."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """One instruction example, whatever file format it came from.
+
+    `raw` is the input record as JSON text, kept so that a selected record is written out unchanged.
+    `line` counts from 1: the line in a JSONL file, the position of the record in JSON, Parquet and datasets.
+    """
+
+    messages: tuple[Turn, ...]
+    source: str
+    line: int
+    raw: str
+    context: str | None = None
+    references: tuple[str, ...] = ()
+    task: str | None = None
+    own_id: str | None = None
+
+    @property
+    def content_id(self) -> str:
+        """First 16 hex digits of the SHA-256 of what a model gets to see: messages, context and references."""
+        return content_hash(
+            {
+                "messages": [[turn.role, turn.content] for turn in self.messages],
+                "context": self.context,
+                "references": list(self.references),
+            }
+        )
+
+    @property
+    def group_id(self) -> str:
+        """Hash of the normalised question and context: equal for examples that must stay on one side of a split."""
+        question = next((turn.content for turn in self.messages if turn.role == "user"), "")
+        return content_hash([_normalise(question), _normalise(self.context or "")])
+
+
+MESSAGES_TYPE = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+
+EXAMPLE_SCHEMA = pa.schema(
+    [
+        ("example_id", pa.string()),
+        ("content_id", pa.string()),
+        ("group_id", pa.string()),
+        ("task", pa.string()),
+        ("messages", MESSAGES_TYPE),
+        ("context", pa.string()),
+        ("references", pa.list_(pa.string())),
+        ("source", pa.string()),
+        ("line", pa.int64()),
+        ("raw", pa.string()),
+    ]
+)
+
+PLAN_SCHEMA = pa.schema(
+    [("batch_id", pa.int32()), ("content_id", pa.string()), ("turn", pa.int32()), ("tokens", pa.int32())]
+)
+
+RATING_SCHEMA = pa.schema(
+    [
+        ("example_id", pa.string()),
+        ("content_id", pa.string()),
+        ("turn", pa.int32()),
+        ("model", pa.string()),
+        ("prompt", pa.int32()),
+        ("prompt_hash", pa.string()),
+        ("logits", pa.list_(pa.float32())),
+        ("tokens", pa.int32()),
+        ("truncated", pa.bool_()),
+    ]
+)
+
+
+def content_hash(value: Any) -> str:
+    """First 16 hex digits of the SHA-256 of `value` as canonical JSON."""
+    text = json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _normalise(text: str) -> str:
+    return re.sub(r"\s+", " ", unicodedata.normalize("NFKC", text)).strip().casefold()
