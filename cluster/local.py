@@ -33,13 +33,13 @@ def simulated_cluster(
     With `dashboard`, jobs can be submitted to `http://{cluster.webui_url}`. Nodes can be taken away and added while
     it runs: `cluster.remove_node(node, allow_graceful=False)`, `cluster.add_node(num_cpus=...)`. Works in the main
     thread only, because Ray sets a signal handler for every node. While it runs, `ray.init(address="auto")` on this
-    machine finds this cluster.
+    machine finds this cluster. Unlike a Ray started by `ray.init` it asks for a token only if RAY_AUTH_MODE=token is
+    set, and it listens on the machine's network address (Ray replaces a loopback address by that one).
     """
     if nodes < 1 or cpus_per_node < 1:
         raise ValueError(f"nodes and cpus_per_node must be at least 1, not {nodes} and {cpus_per_node}")
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    # Loopback: like every Cluster of ray.cluster_utils this one asks nobody for a token.
-    node = {"node_ip_address": "127.0.0.1", "num_cpus": cpus_per_node, "object_store_memory": object_store_mib * 2**20}
+    node = {"num_cpus": cpus_per_node, "object_store_memory": object_store_mib * 2**20}
     cluster = Cluster()
     with _python_on_path():
         try:

@@ -18,7 +18,7 @@ from stitch_ray.training.tiny import make_tiny_model
 _NUM_REASONS_SHOWN = 3
 
 
-def main(data: list[str], out: Path, parameters: str, steps: int, seed: int, overwrite: bool) -> int:  # noqa: PLR0917
+def main(data: list[str], out: Path, parameters: str, steps: int, seed: int, overwrite: bool) -> int:
     """Train on every readable example of `data`; rows that cannot be used are counted and the first ones named."""
     bad_rows: list[str] = []
     summary = make_tiny_model(
@@ -55,7 +55,7 @@ def _show_progress(step: int, steps: int, loss: float) -> None:
     print(f"\rstep {step}/{steps}  loss {loss:.3f}", end="\n" if step == steps else "", file=sys.stderr, flush=True)
 
 
-def tiny_model(  # noqa: PLR0917
+def tiny_model(
     data: Annotated[list[str], typer.Option("--data", help="data file, folder or glob; may be repeated")],
     out: Annotated[Path, typer.Option("--out", help="folder of the new model")],
     more_data: Annotated[list[str] | None, typer.Argument(metavar="[FILE]...", help="more data files")] = None,

@@ -1,1 +1,21 @@
-"""stitch_ray: select data, fine-tune and serve LLMs on Ray, and know when an answer can be trusted."""
+"""stitch_ray: select data, fine-tune and serve LLMs on Ray, and know when an answer can be trusted.
+
+from stitch_ray import select
+folder = select({"data": {"paths": ["corpus.json"]}, "models": [{"path": "some/model"}]})
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stitch_ray.api import select
+
+__all__ = ["select"]
+
+
+def __getattr__(name: str) -> Any:
+    # Torch and Ray load only for those who use them: the pure functions stay importable in milliseconds.
+    if name in __all__:
+        from stitch_ray import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'stitch_ray' has no attribute {name!r}")

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -49,6 +50,25 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, whole or not at all. NaN is refused."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def fresh_folder(path: Path) -> Path:
+    """`path` as an empty folder."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    return path
+
+
+def check_writable(path: Path) -> None:
+    """Raises UserError if a run folder cannot be made or written at `path`. Leaves nothing behind."""
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not existing.is_dir():
+        raise UserError(f"--out {path}: {existing} is a file")
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UserError(f"--out {path}: cannot write to {existing}: {error.strerror}") from error
 
 
 def work_differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -125,7 +145,9 @@ class RunFolder:
         try:
             previous = json.loads(manifest.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise UserError(f"{manifest} cannot be read ({error}); remove the folder or choose another --out") from error
+            raise UserError(
+                f"{manifest} cannot be read ({error}); remove the folder or choose another --out"
+            ) from error
         if previous.get("job") != job:
             raise UserError(f"{path} is a run of {previous.get('job')!r}, not of {job!r}. Choose another --out")
         return dict(previous)
@@ -133,13 +155,14 @@ class RunFolder:
     def save(self) -> None:
         write_json(self.path / MANIFEST, self.manifest)
 
-    def finish(self, **facts: Any) -> None:
+    def finish(self) -> None:
         """Mark the run done. Raises RuntimeError if rows went missing: in = out + quarantined + dropped."""
-        self.manifest.update(facts)
         counts = [self.manifest[key] for key in ("rows_in", "rows_out", "rows_quarantined")]
         dropped = sum(self.manifest.get("rows_dropped", {}).values())
         if counts[0] != counts[1] + counts[2] + dropped:
-            raise RuntimeError(f"rows do not add up: {counts[0]} in, {counts[1]} out, {counts[2]} quarantined, {dropped} dropped")
+            raise RuntimeError(
+                f"rows do not add up: {counts[0]} in, {counts[1]} out, {counts[2]} quarantined, {dropped} dropped"
+            )
         self.manifest.update(status="done", seconds=round(time.monotonic() - self.started, 3))
         self.save()
 

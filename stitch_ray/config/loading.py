@@ -35,7 +35,7 @@ def load_config(model: type[Config], path: Path | str, overrides: Sequence[str] 
 
 
 def validate(model: type[Config], values: Mapping[str, Any], source: str, lines: Mapping[str, int] = {}) -> Config:
-    """`values` as a configuration; every problem is one line of the UserError, with the key and the line in `source`."""
+    """`values` as a configuration; each problem is a line of the UserError, with its key and line in `source`."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -68,7 +68,7 @@ def parse_overrides(overrides: Sequence[str]) -> list[tuple[list[str], Any]]:
 
 
 def absolute_paths(config: BaseModel, base: Path) -> dict[str, Any]:
-    """The configuration as plain values with local paths made absolute against `base`, for another working directory."""
+    """The configuration as plain values, local paths made absolute against `base`: fit for another directory."""
     values = config.model_dump(mode="json", exclude_none=True)
 
     def absolute(text: str) -> str:

@@ -28,7 +28,9 @@ class DiversityConfig(Strict):
     """Greedy choice by score under a cap on cosine similarity."""
 
     encoder: str = Field(description="SentenceTransformer folder or Hub id in the local cache")
-    max_cosine: float = Field(0.9, gt=-1, le=1, description="an example closer than this to a chosen one is passed over")
+    max_cosine: float = Field(
+        0.9, gt=-1, le=1, description="an example closer than this to a chosen one is passed over"
+    )
 
 
 class SelectionConfig(Strict):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from functools import partial
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -109,6 +110,10 @@ class EngineError(Exception):
         self.request_id = request_id
         self.reason = reason
         self.retryable = retryable
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Exceptions pickle as `type(*args)`, which these arguments do not fit; Ray needs them to travel."""
+        return partial(EngineError, retryable=self.retryable), (self.request_id, self.reason)
 
 
 class Engine(Protocol):

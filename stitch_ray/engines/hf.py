@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from stitch_ray.engines import hf_text
 from stitch_ray.engines.base import EngineError, EngineInfo, Generation, RatingBatch, Request
 from stitch_ray.engines.fingerprint import model_fingerprint
+from stitch_ray.engines.pretrained import context_length, default_batch_tokens, first_line, load_tokenizer
 from stitch_ray.engines.rating import CachedRater, DocumentRater, PlainRater
 from stitch_ray.errors import UserError
 
@@ -110,7 +111,9 @@ class HfEngine:
                 rater: CachedRater | DocumentRater = make(self._model, self.batch_tokens)
                 difference = self._disagreement(rater, plain, num_ratings)
             except Exception as error:  # any model-specific failure means: not this way
-                log.warning("%s: rating path %s does not run (%s: %s)", self.info.model, name, type(error).__name__, error)
+                log.warning(
+                    "%s: rating path %s does not run (%s: %s)", self.info.model, name, type(error).__name__, error
+                )
                 continue
             if difference <= _CHECK_TOLERANCE.get(self._model.dtype, 1e-4):
                 log.info("%s: rating path %s, check %.1e", self.info.model, name, difference)
@@ -137,37 +140,6 @@ class HfEngine:
         return worst if np.isfinite(worst) else float("inf")
 
 
-def default_batch_tokens(device_type: str) -> int:
-    """Tokens a forward: more does not pay on a CPU (caches), less leaves a GPU idle."""
-    return 1024 if device_type == "cpu" else 16384
-
-
-def context_length(config: Any) -> int:
-    """Longest sequence the model was built for; 2048 where its configuration does not say."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    for key in ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len", "n_ctx"):
-        value = getattr(text, key, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return 2048
-
-
-def load_model_config(path: str, *, trust_remote_code: bool = False) -> Any:
-    """The model's configuration, or a UserError that names the path."""
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"models: {path}: no model configuration ({_first_line(error)})") from error
-
-
-def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
-    """The model's tokenizer, or a UserError that names the path."""
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"models: {path}: no usable tokenizer ({_first_line(error)})") from error
-
-
 def _load_model(path: str, dtype: str, trust_remote_code: bool) -> Any:
     try:
         return AutoModelForCausalLM.from_pretrained(
@@ -177,11 +149,7 @@ def _load_model(path: str, dtype: str, trust_remote_code: bool) -> Any:
             use_safetensors=True,
         )
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"models: {path}: cannot be loaded ({_first_line(error)})") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"models: {path}: cannot be loaded ({first_line(error)})") from error
 
 
 def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:

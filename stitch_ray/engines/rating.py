@@ -45,7 +45,9 @@ def rating_head(model: nn.Module, rating_ids: Ids) -> Iterator[None]:
     """Swap the output head for its rows of `rating_ids`; the model's logits become (…, ratings)."""
     head = model.get_output_embeddings()
     rows = torch.tensor(rating_ids, device=head.weight.device)
-    small = nn.Linear(head.weight.shape[1], len(rating_ids), bias=getattr(head, "bias", None) is not None, device="meta")
+    small = nn.Linear(
+        head.weight.shape[1], len(rating_ids), bias=getattr(head, "bias", None) is not None, device="meta"
+    )
     small.weight = nn.Parameter(head.weight[rows], requires_grad=False)
     if small.bias is not None:
         small.bias = nn.Parameter(head.bias[rows], requires_grad=False)
@@ -145,7 +147,9 @@ class DocumentRater:
             ids = torch.tensor([head], device=self._model.device)
             plan = Pass([documents.Document(0, len(head))], self._num_layers, recording=prefix)
             with attention_pass(plan):
-                self._model(input_ids=ids, position_ids=torch.arange(len(head), device=ids.device)[None], use_cache=False)
+                self._model(
+                    input_ids=ids, position_ids=torch.arange(len(head), device=ids.device)[None], use_cache=False
+                )
             self._heads[head] = prefix
         return self._heads[head]
 
@@ -156,9 +160,7 @@ class DocumentRater:
         wanted = row.wanted.to(device)
         plan = Pass(row.documents, self._num_layers, last_only=True)
         with attention_pass(plan), only_at(wanted):
-            logits = self._model(
-                input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=wanted
-            ).logits
+            logits = self._model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=wanted).logits
         return logits[0].float().cpu().numpy()
 
 

@@ -66,9 +66,7 @@ class VllmEngine:
         trust_remote_code: bool = False,
     ) -> None:
         if VllmEngine._alive is not None:  # vLLM's process groups are global: closing one engine breaks the other
-            raise RuntimeError(
-                f"engine {VllmEngine._alive.info.model} runs in this process: close it, or use an actor"
-            )
+            raise RuntimeError(f"engine {VllmEngine._alive.info.model} runs in this process: close it, or use an actor")
         model_fingerprint(path)  # names a wrong path before the slow import
         engine_args_class, llm_class, is_cpu = _import_vllm()
         _check_engine_kwargs(engine_kwargs, {field.name for field in fields(engine_args_class)})
@@ -93,8 +91,10 @@ class VllmEngine:
             longest = engine_args_class(**arguments).create_model_config().max_model_len
             arguments["max_model_len"] = max_tokens + 1 if max_tokens < longest else max_tokens
         self._undo = _Undo()
-        self._llm: Any = llm_class(**arguments)
-        self._undo.after_start()
+        try:
+            self._llm: Any = llm_class(**arguments)
+        finally:
+            self._undo.after_start()
         config = self._llm.model_config
         self._tokenizer = self._llm.get_tokenizer()
         self.info = EngineInfo(
@@ -141,8 +141,8 @@ class VllmEngine:
         """`num_samples` answers a request; at temperature 0 one answer, repeated.
 
         `logprobs` are those of the model before temperature and top_p (under `json_schema`: among the tokens that the
-        schema allows). `entropies` stay None: vLLM would have to hand over the whole vocabulary for every token.
-        `token_ids` hold the end-of-sequence or stop tokens that `text` leaves out.
+        schema allows, and the JSON has no blanks). `entropies` stay None: vLLM would have to hand over the whole
+        vocabulary for every token. `token_ids` hold the end-of-sequence or stop tokens that `text` leaves out.
         """
 
         def prepare(request: Request) -> tuple[Any, Any]:
@@ -209,7 +209,6 @@ class VllmEngine:
         answers: list[T | EngineError | None] = [None] * len(requests)
         slots: list[int] = []
         prepared: list[tuple[Any, Any]] = []
-
         refusals: tuple[type[Exception], ...] = _refusals()
 
         def refuse(slot: int, error: Exception) -> None:
@@ -222,7 +221,7 @@ class VllmEngine:
                     raise ValueError(f"engine vllm has no adapters, and the request names {request.adapter!r}")
                 prepared.append(prepare(request))
                 slots.append(slot)
-            except (*refusals, TemplateError) as error:
+            except refusals as error:
                 refuse(slot, error)
         outputs = self._run(prepared, lambda index, error: refuse(slots[index], error))
         for slot, output in zip(slots, outputs, strict=True):
@@ -433,10 +432,10 @@ def _zero_kv_cache(worker: Any) -> None:
 
 
 def _refusals() -> tuple[type[Exception], ...]:
-    """What vLLM raises for a request that it cannot serve."""
+    """What is raised for a request that cannot be served."""
     from vllm.exceptions import VLLMClientError
 
-    return (ValueError, VLLMClientError)
+    return (ValueError, TemplateError, VLLMClientError)
 
 
 def _raise(_index: int, error: Exception) -> None:

@@ -12,7 +12,9 @@ def load_prompts(path: str | None, default: str, count: int) -> list[str]:
     """The first `count` non-blank lines of the file `path`, or of the built-in `default`. Raises UserError."""
     source = path or f"the built-in {default}"
     try:
-        text = Path(path).read_text("utf-8") if path else resources.files(__package__).joinpath(default).read_text("utf-8")
+        text = (
+            Path(path).read_text("utf-8") if path else resources.files(__package__).joinpath(default).read_text("utf-8")
+        )
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"rating.prompts: cannot read {source}: {error}") from error
     prompts = [line.strip() for line in text.splitlines() if line.strip()]

@@ -18,7 +18,13 @@ from stitch_ray.selection.layout import Content, Layout
 
 _PROBES = tuple(
     Content(instruction, response)
-    for instruction, response in (("Say hi.", "Hi."), ("a", 'b"'), ("1", "2)"), ("code", "```\nx = 1\n```"), ("é", "你好。"))
+    for instruction, response in (
+        ("Say hi.", "Hi."),
+        ("a", 'b"'),
+        ("1", "2)"),
+        ("code", "```\nx = 1\n```"),
+        ("é", "你好。"),
+    )
 )
 _SMALLEST_ROOM = 16
 
@@ -56,12 +62,14 @@ class RatingEncoder:
         self._tokenizer = tokenizer
         self._layout = layout
         self._max_tokens = max_tokens
-        self._num_prompts = len(layout.prompts)
+        self.num_prompts = len(layout.prompts)
         self.rating_ids = self._find_rating_ids(num_ratings, name)
         self._heads: tuple[Ids, ...] = ()
         self._tails: tuple[Ids, ...] = ()
         self.shares_bodies = bool(getattr(tokenizer, "is_fast", False)) and self._find_sides()
-        longest = max(len(self._encode_text(layout.whole("", k)).ids) for k in range(self._num_prompts))
+        if not self.shares_bodies:
+            self._heads = self._tails = ((),)
+        longest = max(len(self._encode_text(layout.whole("", k)).ids) for k in range(self.num_prompts))
         self._room = max_tokens - longest
         if self._room < _SMALLEST_ROOM:
             raise UserError(
@@ -83,7 +91,9 @@ class RatingEncoder:
         if not self.shares_bodies:
             return [self._encode_apart(content) for content in contents]
         texts = [self._layout.whole(content.text, 0) for content in contents]
-        found = self._tokenizer(texts, return_offsets_mapping=True) if texts else {"input_ids": [], "offset_mapping": []}
+        found = (
+            self._tokenizer(texts, return_offsets_mapping=True) if texts else {"input_ids": [], "offset_mapping": []}
+        )
         bodies = []
         for content, ids, spans in zip(contents, found["input_ids"], found["offset_mapping"], strict=True):
             body = self._cut(_without_trailing_specials(ids, spans), content, 0)
@@ -96,7 +106,7 @@ class RatingEncoder:
         return bodies
 
     def _encode_apart(self, content: Content) -> EncodedBody:
-        whole = tuple(self._encode_text(self._layout.whole(content.text, k)).ids for k in range(self._num_prompts))
+        whole = tuple(self._encode_text(self._layout.whole(content.text, k)).ids for k in range(self.num_prompts))
         if max(map(len, whole)) > self._max_tokens:
             return self._shorten(content)
         return EncodedBody((), whole=whole)
@@ -111,7 +121,7 @@ class RatingEncoder:
                 _first(content.instruction, instruction, room - for_response),
                 _first(content.response, response, for_response),
             )
-            sequences = [self._encode_text(self._layout.whole(cut.text, k)) for k in range(self._num_prompts)]
+            sequences = [self._encode_text(self._layout.whole(cut.text, k)) for k in range(self.num_prompts)]
             excess = max(len(text.ids) for text in sequences) - self._max_tokens
             if excess <= 0:
                 body = self._cut(sequences[0], cut, 0) if self.shares_bodies else None
@@ -124,7 +134,7 @@ class RatingEncoder:
     def _find_sides(self) -> bool:
         """Set heads and tails; False if bodies cannot be shared between the prompts with this tokenizer."""
         heads, tails = [], []
-        for k in range(self._num_prompts):
+        for k in range(self.num_prompts):
             text = self._encode_text(self._layout.whole(_PROBES[0].text, k))
             start, stop = self._boundaries(_PROBES[0], k)
             first = sum(end <= start for _, end in text.spans)
@@ -138,7 +148,7 @@ class RatingEncoder:
         for probe in _PROBES:
             cuts = {
                 self._cut(self._encode_text(self._layout.whole(probe.text, k)), probe, k)
-                for k in range(self._num_prompts)
+                for k in range(self.num_prompts)
             }
             if len(cuts) > 1 or None in cuts:
                 return False
@@ -172,7 +182,7 @@ class RatingEncoder:
     def _find_rating_ids(self, num_ratings: int, name: str) -> Ids:
         found: list[int] = []
         for rating in range(1, num_ratings + 1):
-            for prompt in range(self._num_prompts):
+            for prompt in range(self.num_prompts):
                 text = self._layout.whole(_PROBES[0].text, prompt)
                 before, after = self._encode_text(text).ids, self._encode_text(f"{text}{rating}").ids
                 if after[:-1] != before or (prompt and after[-1] != found[-1]):

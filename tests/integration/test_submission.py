@@ -127,9 +127,7 @@ def test_the_same_job_runs_once_and_a_second_submit_attaches(head: str, submissi
     followed: list[str] = []
     for _ in range(2):  # the first may attach to the running job, the second finds it ended
         followed.clear()
-        assert (
-            _submit_entrypoint(client, script, submission_id, runtime_env={}, follow=True, echo=followed.append) == 0
-        )
+        assert _submit_entrypoint(client, script, submission_id, runtime_env={}, follow=True, echo=followed.append) == 0
         assert "finished" in followed
     assert runs.read_text() == "ran\n"
 
@@ -144,9 +142,7 @@ def test_a_failed_job_is_submitted_again_as_the_next_attempt(head: str, submissi
     client = _connect(head)
     for attempt, code in [(1, 5), (2, 0), (2, 0)]:  # a third submit attaches to the second attempt
         lines: list[str] = []
-        assert (
-            _submit_entrypoint(client, script, submission_id, runtime_env={}, follow=True, echo=lines.append) == code
-        )
+        assert _submit_entrypoint(client, script, submission_id, runtime_env={}, follow=True, echo=lines.append) == code
         assert [line for line in lines if line.startswith("attempt")] == [f"attempt {attempt}"]
     assert attempts.read_text() == "x\n" * 2
     ids = {job.submission_id for job in client.list_jobs()}

@@ -341,7 +341,7 @@ def test_without_vllm_the_extra_is_named(tiny: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.ray
 def test_a_killed_actor_leaves_no_process_behind(tiny: Path, engine: VllmEngine) -> None:
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     try:
         actor = (
             ray.remote(VllmEngine)

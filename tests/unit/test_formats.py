@@ -103,9 +103,7 @@ def test_error_of_the_reader_is_the_reason():
         convert(SourceRow("data.jsonl", 1, "{", None, "invalid JSON: no"))
 
 
-@pytest.mark.parametrize(
-    ("name", "field"), [("alpaca", "input"), ("dolly", "context"), ("question_answer", "context")]
-)
+@pytest.mark.parametrize(("name", "field"), [("alpaca", "input"), ("dolly", "context"), ("question_answer", "context")])
 def test_optional_field_becomes_context_and_empty_or_null_is_none(name, field):
     assert convert(row({**GOOD[name], field: " given "})).context == " given "
     absent = convert(row({key: value for key, value in GOOD[name].items() if key != field}))
@@ -253,9 +251,7 @@ def test_real_files_give_the_known_counts():
     alpaca = [convert(found) for found in iter_rows(str(DATA / "instructions" / "alpaca_en_1k.json"))]
     assert (len(alpaca), len({example.content_id for example in alpaca})) == (999, 985)
 
-    rows = [
-        found for source in expand([str(DATA / "alpaca_eval/*/model_outputs.json")]) for found in iter_rows(source)
-    ]
+    rows = [found for source in expand([str(DATA / "alpaca_eval/*/model_outputs.json")]) for found in iter_rows(source)]
     reasons = []
     for found in rows:
         try:

@@ -1,0 +1,93 @@
+"""`stitch-ray`: a thin Typer application over jobs/."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jobs.demo import demo
+from jobs.doctor import doctor
+from jobs.select import select
+from jobs.submit import submit
+from jobs.tiny_model import tiny_model
+from stitch_ray.config import CONFIGS, load_config
+from stitch_ray.console import Config, Set, exits
+from stitch_ray.errors import UserError
+from stitch_ray.runs import MANIFEST
+
+app = typer.Typer(
+    name="stitch-ray",
+    help="Select data, fine-tune and serve LLMs on Ray, and know when an answer can be trusted.",
+    epilog="Exit codes: 0 done, 1 failed (the same command resumes), 2 change something, 130 interrupted.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Job = Annotated[str, typer.Argument(help=f"one of: {', '.join(CONFIGS)}", metavar="JOB", show_default=False)]
+
+for command in (demo, select, tiny_model, submit, doctor):
+    app.command(name=command.__name__.replace("_", "-"))(command)
+
+
+@app.command()
+@exits
+def validate(job: Job, config: Config, set_: Set = None) -> None:
+    """Check a configuration and the files, models and tokenizers it names; change nothing."""
+    settings = load_config(_known(job), config, set_ or [])
+    from stitch_ray.selection.preflight import check
+
+    ready = check(settings)
+    print(f"{config}: valid; {job} work hash {ready.work_hash}")
+
+
+@app.command()
+@exits
+def schema(job: Job) -> None:
+    """Print the JSON Schema of a job's configuration, for editors."""
+    print(json.dumps(_known(job).model_json_schema(), indent=2))
+
+
+@app.command()
+@exits
+def plan(config: Config, set_: Set = None) -> None:
+    """Say what `select` would read and rate and how long it would take at least (as select --dry-run)."""
+    select(config, set_=set_, dry_run=True)
+
+
+@app.command()
+@exits
+def clean(
+    folders: Annotated[list[Path], typer.Argument(help="run folders, or a folder that holds some", show_default=False)],
+    yes: Annotated[bool, typer.Option("--yes", help="remove; without it, only list")] = False,
+    failed: Annotated[bool, typer.Option("--failed", help="only runs that did not finish")] = False,
+) -> None:
+    """Remove old run folders; touches nothing that has no manifest of this tool."""
+    found = [
+        m.parent for folder in folders for m in sorted({folder / MANIFEST, *folder.glob(f"*/{MANIFEST}")}) if m.exists()
+    ]
+    if not found:
+        raise UserError(f"no run folder in {', '.join(map(str, folders))}")
+    for path in found:
+        status = json.loads((path / MANIFEST).read_text("utf-8")).get("status", "?")
+        if failed and status == "done":
+            continue
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / 1e6
+        if yes:
+            shutil.rmtree(path)
+        print(f"{'removed' if yes else 'would remove'} {path} ({status}, {size:.1f} MB)")
+
+
+def _known(job: str) -> type:
+    if job not in CONFIGS:
+        raise UserError(f"unknown job {job!r}; known: {', '.join(CONFIGS)}")
+    return CONFIGS[job]
+
+
+def main() -> None:
+    """Entry point of the `stitch-ray` command."""
+    app()

@@ -1,0 +1,108 @@
+"""Connecting to Ray, checking that a plan fits the cluster, and everything that depends on Ray's version."""
+
+from __future__ import annotations
+
+import logging
+import os
+import uuid
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from stitch_ray.errors import UserError
+
+_NO_PROGRESS_TIMEOUT_S = 900
+
+
+@contextmanager
+def session(address: str | None = None, *, num_cpus: int | None = None) -> Iterator[Any]:
+    """Ray for the life of the block: `address`, else RAY_ADDRESS, else a local Ray that ends with it.
+
+    A session that the caller has opened already is used and left open. Yields the `ray` module.
+    """
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # the core's own lines; what fails is raised as well
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    if ray.is_initialized():
+        _configure_data()
+        yield ray
+        return
+    address = address or os.environ.get("RAY_ADDRESS")
+    quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        if address:
+            try:
+                ray.init(address=address, **quiet)
+            except (ConnectionError, ValueError, RuntimeError) as error:
+                raise UserError(f"--address {address}: no Ray cluster answers there ({error})") from error
+        else:
+            ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
+    _configure_data()
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _configure_data() -> None:
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_no_progress_timeout_s = _NO_PROGRESS_TIMEOUT_S
+    context.print_on_execution_start = False
+
+
+def require(needed: Mapping[str, float], what: str) -> None:
+    """Refuse with the numbers, in place of waiting for ever, if the cluster in total has less than `needed`."""
+    import ray
+
+    have = ray.cluster_resources()
+    short = {name: amount for name, amount in needed.items() if amount > have.get(name, 0)}
+    if short:
+        listed = ", ".join(
+            f"{amount:g} {name} (the cluster has {have.get(name, 0):g})" for name, amount in short.items()
+        )
+        raise UserError(f"{what} needs {listed}. Lower replicas, num_threads or num_gpus, or use a larger cluster")
+
+
+def require_shared(paths: Mapping[str, Path]) -> None:
+    """Every node must see the same folders: writes a token below each path and reads it on every other node."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) < 2:
+        return
+
+    @ray.remote(num_cpus=0)
+    def sees(path: str) -> bool:
+        return Path(path).exists()
+
+    for name, folder in paths.items():
+        existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
+        token = existing / f".stitch-ray-{uuid.uuid4().hex}"
+        try:
+            token.touch()
+        except OSError as error:
+            raise UserError(f"{name} {folder}: cannot write to {existing}: {error.strerror}") from error
+        try:
+            refs = {
+                node["NodeManagerAddress"]: sees.options(
+                    scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+                ).remote(str(token))
+                for node in nodes
+            }
+            blind = [host for host, ref in refs.items() if not ray.get(ref, timeout=60)]
+        finally:
+            token.unlink(missing_ok=True)
+        if blind:
+            raise UserError(f"{name} {folder} is not visible on {', '.join(blind)}; use storage that all nodes share")

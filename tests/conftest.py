@@ -1,0 +1,81 @@
+"""Fixtures that several test folders share: one Ray cluster a session, tiny models, corpora."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[object]:
+    """One local Ray with four logical CPUs for the whole session."""
+    import ray
+
+    from stitch_ray.ray_session import session
+
+    with session(num_cpus=4):
+        yield ray
+
+
+@pytest.fixture(autouse=True)
+def no_actors_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After every test on the shared cluster all its CPUs are free again: no actor or placement group was left."""
+    yield
+    if "ray_cluster" not in request.fixturenames:
+        return
+    import ray
+    from ray._common.test_utils import wait_for_condition
+
+    def idle() -> bool:
+        return ray.available_resources().get("CPU") == ray.cluster_resources().get("CPU")
+
+    wait_for_condition(idle, timeout=30)
+
+
+@pytest.fixture(scope="session")
+def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """240 made Alpaca records, a few of them exact repeats."""
+    from stitch_ray.data.synthetic import instruction_corpus
+
+    rows = instruction_corpus(230, seed=1)
+    for row in rows:
+        del row["id"]
+    path = tmp_path_factory.mktemp("corpus") / "corpus.json"
+    path.write_text(json.dumps(rows + rows[:10], ensure_ascii=False), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path) -> Path:
+    """A Llama of about 300,000 parameters, trained for a few steps on the corpus."""
+    return _train(tmp_path_factory.mktemp("models") / "tiny", corpus_file, "300k", 0)
+
+
+@pytest.fixture(scope="session")
+def other_tiny_model(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path) -> Path:
+    """A second model of another size, with its own tokenizer."""
+    return _train(tmp_path_factory.mktemp("models") / "other", corpus_file, "500k", 1)
+
+
+def _train(out: Path, data: Path, parameters: str, seed: int) -> Path:
+    from stitch_ray.data import formats, readers
+    from stitch_ray.training.tiny import make_tiny_model
+
+    examples = [formats.convert(row) for row in readers.iter_rows(str(data))]
+    make_tiny_model(examples, out, parameters=parameters, steps=15, seed=seed)
+    return out
+
+
+def shared_data() -> Path:
+    """Folder of real data beside the checkout, or of STITCH_RAY_DATA. Tests that need it skip where it is absent."""
+    default = Path(__file__).parents[2] / "shared" / "data"
+    return Path(os.environ.get("STITCH_RAY_DATA", default))
