@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -82,7 +82,7 @@ def clean(
         print(f"{'removed' if yes else 'would remove'} {path} ({status}, {size:.1f} MB)")
 
 
-def _known(job: str) -> type:
+def _known(job: str) -> type[Any]:
     if job not in CONFIGS:
         raise UserError(f"unknown job {job!r}; known: {', '.join(CONFIGS)}")
     return CONFIGS[job]

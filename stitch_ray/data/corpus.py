@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ class Corpus:
         """Some columns of every row, in content order."""
         return pa.concat_tables([pq.read_table(file, columns=list(columns)) for file in self.files])
 
-    def take(self, rows: Sequence[int], columns: Sequence[str]) -> list[dict[str, Any]]:
+    def take(self, rows: Iterable[int], columns: Sequence[str]) -> list[dict[str, Any]]:
         """Some columns of the rows at these positions (in content order), in the order asked for."""
         table = dataset.dataset([str(file) for file in self.files], format="parquet")
         return list(table.take([int(row) for row in rows], columns=list(columns)).to_pylist())
@@ -171,7 +171,6 @@ def messages_of(row: dict[str, Any]) -> tuple[Turn, ...]:
 def _run(folder: Path, config: DataConfig, sources: Sequence[str]) -> None:
     import ray.data
 
-    options = {"format": config.format, "max_characters": config.max_characters}
     if config.limit is not None:
         # A limit is over all sources in order, so one task reads them one after another.
         items = [{"sources": list(sources), "index": 0}]
@@ -183,7 +182,8 @@ def _run(folder: Path, config: DataConfig, sources: Sequence[str]) -> None:
         count, left = 0, config.limit
         bad: list[Quarantined] = []
         for source in batch["sources"][0]:
-            for good, rejected in read_source(source, limit=left, **options):
+            blocks = read_source(source, format=config.format, max_characters=config.max_characters, limit=left)
+            for good, rejected in blocks:
                 count += len(good) + len(rejected)
                 left = None if left is None else left - len(good) - len(rejected)
                 bad += rejected

@@ -1,4 +1,4 @@
-"""Text with a Hugging Face causal language model: answers, log-likelihoods, embeddings; functions of (model, tokenizer).
+"""Answers, log-likelihoods and embeddings of a Hugging Face causal language model, as functions of it.
 
 All take `token_budget`, the tokens (padding included) of one forward or of one generating batch, and `max_context`,
 the longest sequence. Nothing needs a padding token: masked positions hold id 0.
@@ -34,7 +34,7 @@ def prompt_ids(tokenizer: Any, prompt: tuple[Turn, ...] | str | Ids) -> Ids:
     Raises ValueError if the tokenizer has no chat template, or the template or tokenizer does not take the prompt.
     """
     if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Turn)):
-        text, special = _prompt_text(tokenizer, prompt)  # type: ignore[arg-type]
+        text, special = _prompt_text(tokenizer, prompt)
         return _encode(tokenizer, text, special)
     return tuple(prompt)  # type: ignore[arg-type]
 
@@ -182,7 +182,7 @@ def _split_ids(tokenizer: Any, request: Request) -> tuple[Ids, Ids]:
     if not isinstance(continuation, str):
         return prompt, tuple(continuation)
     if isinstance(request.prompt, str) or isinstance(request.prompt[0], Turn):
-        text, special = _prompt_text(tokenizer, request.prompt)  # type: ignore[arg-type]
+        text, special = _prompt_text(tokenizer, request.prompt)
         whole = _encode(tokenizer, text + continuation, special)
         if whole[: len(prompt)] == prompt and len(whole) > len(prompt):
             return prompt, whole[len(prompt) :]
@@ -342,7 +342,7 @@ def _decode(model: Any, tokenizer: Any, rows: Sequence[_Row], eos: frozenset[int
     )
 
 
-class _Sampler(LogitsProcessor):  # type: ignore[misc, unused-ignore]
+class _Sampler(LogitsProcessor):
     """Draws the next token of every row by adding Gumbel noise to its logits, so that greedy search finds it.
 
     argmax(logits / T + Gumbel) is a sample of softmax(logits / T) (Gumbel-max; Maddison et al. 2014, Sec. 2). Each row
@@ -399,7 +399,7 @@ class _Sampler(LogitsProcessor):  # type: ignore[misc, unused-ignore]
             row.finished = len(row.ids) == row.limit or _has_stop(self._tokenizer, row.ids, row.sampling.stop)
 
 
-class _AllTold(StoppingCriteria):  # type: ignore[misc, unused-ignore]
+class _AllTold(StoppingCriteria):
     """Ends a row when the sampler has."""
 
     def __init__(self, rows: Sequence[_Row]) -> None:

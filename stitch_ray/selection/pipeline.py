@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 
 from stitch_ray import ray_session
@@ -16,19 +17,23 @@ from stitch_ray.data.corpus import Corpus, build_corpus, example_ids
 from stitch_ray.data.quarantine import Quarantined
 from stitch_ray.report.selection import write_report
 from stitch_ray.runs import Progress, RunFolder, Step, Summary, atomic_path, fresh_folder
+from stitch_ray.selection.agreement import spearman
 from stitch_ray.selection.bodies import build_bodies
+from stitch_ray.selection.choose import rank_random
+from stitch_ray.selection.layout import LayoutName
 from stitch_ray.selection.plan import Batch, corpus_items, plan_batches, plan_table, restore_batches
 from stitch_ray.selection.preflight import Ready, ReadyModel
-from stitch_ray.selection.prompt_sets import prompt_sets
+from stitch_ray.selection.prompt_sets import PromptSet, prompt_sets
 from stitch_ray.selection.rater import Rater, RatingJob, pack_items
 from stitch_ray.selection.results import write_results
-from stitch_ray.selection.table import load_ratings, score
+from stitch_ray.selection.table import Ratings, Scores, load_ratings, score
 from stitch_ray.selection.usage import Usage, usage
 
 CALL_LOG_VARIABLE = "STITCH_RAY_CALL_LOG"
 """Names a file outside the run to which every call of a model appends `model, batch, rows`: an audit of the work."""
 
 _MOST_BLOCKS = 1000
+_LAYOUT_SAMPLE = 200
 
 
 def run(ready: Ready, folder: RunFolder, progress: Progress = lambda step: None) -> Summary:
@@ -47,6 +52,10 @@ def run(ready: Ready, folder: RunFolder, progress: Progress = lambda step: None)
     ratings = load_ratings(files, ready.prompt_hashes, ready.config.rating.num_ratings)
     quarantined = [*corpus.quarantined, *_unrated(corpus, ids, ratings.bad)]
     scores = score(ratings, ready.config, [model.parameters for model in ready.models])
+    agreement = None
+    if ready.config.report.compare_layouts:
+        agreement = _compare_layouts(ready, folder.path, corpus, batches, ratings, scores, progress)
+        folder.manifest["layout_agreement"] = agreement
     outcome = write_results(ready, folder.path, corpus, ids, ratings, scores)
     folder.write_quarantine(quarantined)
     seconds, tokens = sum(usage.seconds for usage in used), sum(usage.tokens for usage in used)
@@ -64,7 +73,7 @@ def run(ready: Ready, folder: RunFolder, progress: Progress = lambda step: None)
         rating=[asdict(usage) for usage in used],
         seed=ready.config.seed,
     )
-    write_report(ready, folder, ratings, scores, outcome, quarantined, corpus)
+    write_report(ready, folder, ratings, scores, outcome, quarantined, corpus, agreement)
     folder.finish()
     line = (
         f"select: kept {len(outcome.chosen)} of {len(ratings.example_ids)} rated rows "
@@ -94,22 +103,52 @@ def _read_corpus(ready: Ready, path: Path, progress: Progress) -> Corpus:
 def _rating_jobs(ready: Ready, model: ReadyModel, path: Path, corpus: Corpus) -> list[RatingJob]:
     """One job for every set of prompts that the ratings of `model` are, or will be, made of."""
     sets = prompt_sets(path, model.config.name, ready.prompts)
-    jobs = []
-    for prompts in sets:
-        encoder = replace(model.encoder, prompts=prompts.texts)
-        jobs.append(
-            RatingJob(
-                model=model.config,
-                encoder=encoder,
-                prompts=prompts,
-                corpus_files=tuple(str(file) for file in corpus.files),
-                bodies=path / "work" / f"bodies-{encoder.key}",
-                ratings=path / "ratings",
-                attempts=fresh_folder(path / "work" / "attempts"),
-                call_log=os.environ.get(CALL_LOG_VARIABLE),
-            )
-        )
-    return jobs
+    return [_job(model, prompts, path, corpus, path / "ratings", model.encoder.layout) for prompts in sets]
+
+
+def _job(
+    model: ReadyModel, prompts: PromptSet, path: Path, corpus: Corpus, ratings: Path, layout: LayoutName
+) -> RatingJob:
+    encoder = replace(model.encoder, prompts=prompts.texts, layout=layout)
+    return RatingJob(
+        model=model.config,
+        encoder=encoder,
+        prompts=prompts,
+        corpus_files=tuple(str(file) for file in corpus.files),
+        bodies=path / "work" / f"bodies-{encoder.key}",
+        ratings=ratings,
+        attempts=fresh_folder(path / "work" / "attempts"),
+        call_log=os.environ.get(CALL_LOG_VARIABLE),
+    )
+
+
+def _compare_layouts(
+    ready: Ready,
+    path: Path,
+    corpus: Corpus,
+    batches: Sequence[Batch],
+    ratings: Ratings,
+    scores: Scores,
+    progress: Progress,
+) -> dict[str, float]:
+    """Spearman's rank correlation, model by model, of sentence scores in both layouts on a seeded sample of contents."""
+    config = ready.config
+    other: LayoutName = "content_first" if config.rating.layout == "prompt_first" else "prompt_first"
+    items = [item for batch in batches for item in batch.items]
+    order = rank_random([item.content_id for item in items], config.seed)[:_LAYOUT_SAMPLE]
+    sample = plan_batches([items[position] for position in sorted(order)])
+    found = {}
+    for number, model in enumerate(ready.models):
+        prompts = PromptSet(ready.prompts, tuple(range(len(ready.prompts))))
+        job = _job(model, prompts, path, corpus, path / "work" / f"{other}-{config.seed}-{prompts.name}", other)
+        _rate([job], corpus, sample, progress)
+        files = [job.rating_file(batch.batch_id) for batch in sample]
+        again = load_ratings([files], ready.prompt_hashes, config.rating.num_ratings)
+        sentence = score(again, config.model_copy(update={"models": [model.config]}), [1.0]).sentence[:, 0]
+        first = dict(zip(ratings.example_ids, scores.sentence[:, number], strict=True))
+        both = [(first[name], value) for name, value in zip(again.example_ids, sentence, strict=True) if name in first]
+        found[model.config.name] = spearman(*np.array(both).T)
+    return found
 
 
 def _plan(path: Path, corpus: Corpus, ids: Sequence[str], job: RatingJob, progress: Progress) -> list[Batch]:
