@@ -30,7 +30,7 @@ from stitch_ray.engines.hf import HfEngine
 from stitch_ray.prompts import load_prompts
 from stitch_ray.ray_session import session
 from stitch_ray.records import Example, Turn
-from stitch_ray.report.figures import spearman
+from stitch_ray.selection.agreement import spearman
 from stitch_ray.selection.encode import RatingEncoder
 from stitch_ray.selection.layout import Content, Layout, contents
 from stitch_ray.selection.rater import rate_bodies, sequence_lengths
@@ -70,7 +70,8 @@ def corpus(data: Sequence[str], rows: int) -> list[Example]:
 
 def make_model(folder: Path, examples: Sequence[Example]) -> None:
     """A random Llama 512 x 8 with a tokenizer of 4,096 tokens trained on the examples."""
-    tokenizer = train_tokenizer(examples, vocab_size=4096)
+    texts = [turn.content for example in examples for turn in example.messages]
+    tokenizer = train_tokenizer(texts, vocab_size=4096, max_length=2048)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -362,7 +363,7 @@ def main(
     """Measure rating on this machine."""
     torch.set_num_threads(THREADS)
     torch.set_grad_enabled(False)
-    examples = corpus(data or [], max(rows, ray_rows, vllm_rows))
+    examples = corpus(data or [], max(1000, rows, ray_rows, vllm_rows))  # the tokenizer is trained on all of them
     texts = tuple(load_prompts(str(prompts) if prompts else None, "rating.txt", RATINGS))
     every = list({c.text: c for e in examples for c in contents(e.messages, e.context)}.values())
     sections, facts = {}, {}

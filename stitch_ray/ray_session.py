@@ -24,10 +24,10 @@ def session(address: str | None = None, *, num_cpus: int | None = None) -> Itera
     """
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # the core's own lines; what fails is raised as well
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     if ray.is_initialized():
         _configure_data()
         yield ray
@@ -42,6 +42,8 @@ def session(address: str | None = None, *, num_cpus: int | None = None) -> Itera
             except (ConnectionError, ValueError, RuntimeError) as error:
                 raise UserError(f"--address {address}: no Ray cluster answers there ({error})") from error
         else:
+            # The core of a throw-away Ray writes to this terminal; what fails is raised as an exception as well.
+            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
             ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
     _configure_data()
     try:
@@ -51,10 +53,9 @@ def session(address: str | None = None, *, num_cpus: int | None = None) -> Itera
 
 
 def _configure_data() -> None:
-    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
     from ray.data import DataContext
 
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # Ray Data sets its own level when it is imported
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_no_progress_timeout_s = _NO_PROGRESS_TIMEOUT_S

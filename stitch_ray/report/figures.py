@@ -15,6 +15,7 @@ from html import escape
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
@@ -97,8 +98,8 @@ def lengths(tokens: NDArray[np.int64], kept: NDArray[np.bool_], title: str) -> s
 
 
 def correlations(matrix: Floats, labels: Sequence[str], title: str) -> str:
-    """A square of rank correlations from -1 (orange) to 1 (blue), each with its number; NaN is an empty cell."""
-    return _heat_map(matrix, labels, labels, ("PuOr", -1.0, 1.0), "{:.2f}", title)
+    """A square of rank correlations from -1 (red) to 1 (blue), each with its number; NaN is a dash."""
+    return _heat_map(matrix, labels, labels, ("RdBu", -1.0, 1.0), "{:.2f}", title)
 
 
 def shares(matrix: Floats, rows: Sequence[str], columns: Sequence[str], title: str, xlabel: str) -> str:
@@ -117,8 +118,10 @@ def _heat_map(
 ) -> str:
     name, low, high = scale
     colours = mpl.colormaps[name].with_extremes(bad=MISSING)
-    row_names, column_names = [_label(text, 24) for text in rows], [_label(text, 24) for text in columns]
-    slanted = max(len(text) for text in column_names) > 44 / len(columns)
+    row_names, column_names = [_label(text, 26) for text in rows], list(columns)
+    if max(map(len, column_names)) > 44 / len(columns):  # too long to stand side by side: number them
+        column_names = [f"({position + 1})" for position in range(len(columns))]
+        row_names = [f"{text} ({position + 1})" for position, text in enumerate(row_names)]
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
@@ -141,18 +144,14 @@ def _heat_map(
             )
         axes.set_xticks(np.arange(len(columns)) + 0.5, column_names)
         axes.set_yticks(np.arange(len(rows)) + 0.5, row_names)
-        if slanted:
-            for tick in axes.get_xticklabels():
-                tick.set(rotation=35, ha="right", rotation_mode="anchor")
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         axes.set_xlabel(xlabel)
 
-    below = 0.3 + (0.055 * max(map(len, column_names)) if slanted else 0) + (0.2 if xlabel else 0)
-    return _svg(draw, below + max(1.2, 0.38 * len(rows)), title)
+    return _svg(draw, max(1.2, 0.38 * len(rows)) + (0.5 if xlabel else 0.3), title)
 
 
-def _stacked(axes: mpl.axes.Axes, values: Floats, kept: NDArray[np.bool_], edges: Floats) -> None:
+def _stacked(axes: Axes, values: Floats, kept: NDArray[np.bool_], edges: Floats) -> None:
     total, chosen = np.histogram(values, edges)[0], np.histogram(values[kept], edges)[0]
     axes.stairs(total, edges, baseline=chosen, fill=True, color=DROPPED, label="dropped")
     axes.stairs(chosen, edges, fill=True, color=KEPT, label="kept")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jinja2
@@ -16,12 +17,12 @@ def render(template: str, **context: Any) -> str:
 
 def number(value: float | None, decimals: int = 0) -> str:
     """12,345 or 1.234; a dash for what is not known."""
-    return "–" if value is None or value != value else f"{value:,.{decimals}f}"
+    return "–" if value is None or math.isnan(value) else f"{value:,.{decimals}f}"
 
 
 def percent(value: float | None) -> str:
     """A share as 20% or 1.3%; a dash for what is not known."""
-    if value is None or value != value:
+    if value is None or math.isnan(value):
         return "–"
     return f"{value:.0%}" if value == 0 or value >= 0.0995 else f"{value:.1%}"
 

@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from stitch_ray.data.corpus import Corpus, messages_of
 from stitch_ray.data.quarantine import Quarantined
 from stitch_ray.report import figures
 from stitch_ray.report.html import number, percent, render
 from stitch_ray.runs import RunFolder, write_text
+from stitch_ray.selection.agreement import rank_correlations
 from stitch_ray.selection.choose import overlap, rank_by
 from stitch_ray.selection.layout import contents
 from stitch_ray.selection.preflight import Ready
@@ -50,7 +51,7 @@ def write_report(
     kept = np.zeros(len(ratings.example_ids), np.bool_)
     kept[outcome.chosen] = True
     shares = _favourites(ratings.logits)
-    agreement = [spearman(scores.token[:, index]) for index in range(len(names))]
+    agreement = [rank_correlations(scores.token[:, index]) for index in range(len(names))]
     page = render(
         "selection.html.jinja",
         config=config,
@@ -80,24 +81,6 @@ def write_report(
         config_text=(folder.path / "config.yaml").read_text("utf-8"),
     )
     write_text(folder.path / "report.html", page)
-
-
-def spearman(columns: ArrayLike) -> Floats:
-    """Rank correlation of every pair of columns, ties at their average rank. (rows, columns) -> (columns, columns).
-
-    NaN where a column is constant, as its ranks say nothing; with fewer than two rows everything is NaN.
-    """
-    values = np.asarray(columns, dtype=np.float64)
-    ranks = np.stack([_ranks(column) for column in values.T], axis=1)
-    ranks -= ranks.mean(axis=0)
-    lengths = np.sqrt((ranks**2).sum(axis=0))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.asarray(np.clip(ranks.T @ ranks / np.outer(lengths, lengths), -1, 1))
-
-
-def _ranks(values: Floats) -> Floats:
-    _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return np.asarray((np.cumsum(counts) - (counts - 1) / 2)[group])
 
 
 def _favourites(logits: NDArray[np.float32]) -> Floats:
@@ -209,19 +192,21 @@ def _agreement(
             found.append((title, "", figures.correlations(shown, labels, title)))
     columns = {"token level": scores.token[:, 0, ready.config.rating.token_prompt]}
     for index, name in enumerate(names):
-        columns["sentence level" if len(names) == 1 else f"sentence: {name}"] = scores.sentence[:, index]
+        columns["sentence level" if len(names) == 1 else name] = scores.sentence[:, index]
     if len(names) > 1:
         columns["model level"] = scores.model
     columns["length in tokens"] = outcome.tokens.astype(np.float64)
     title = "Between levels, and with length"
-    matrix = spearman(np.stack(list(columns.values()), axis=1))
-    caption = "A strong colour in the row of the length means that the score mostly measures length."
+    matrix = rank_correlations(np.stack(list(columns.values()), axis=1))
+    caption = "A strong colour in the row of the length: that score mostly measures length."
+    if len(names) > 1:
+        caption += f" Token level: {names[0]}. Rows with the name of a model: its sentence level."
     found.append((title, caption, figures.correlations(matrix, list(columns), title)))
     return found
 
 
 def _between_models(names: Sequence[str], scores: Scores) -> list[tuple[str, str, float]]:
-    matrix = spearman(scores.sentence)
+    matrix = rank_correlations(scores.sentence)
     return [(names[a], names[b], float(matrix[a, b])) for a in range(len(names)) for b in range(a + 1, len(names))]
 
 
@@ -238,21 +223,21 @@ def _favourite_figures(names: Sequence[str], shares: Floats) -> list[tuple[str, 
 def _baselines(method: str, outcome: Outcome, rated: int) -> list[dict[str, Any]]:
     """One row a way to choose; what was chosen first, all rated rows last."""
 
-    def row(name: str, rows: Sequence[int]) -> dict[str, Any]:
+    def row(name: str, rows: Sequence[int], compared: bool = True) -> dict[str, Any]:
         return {
             "name": name,
             "count": len(rows),
-            "overlap": overlap(outcome.chosen, rows),
-            "chance": len(rows) / rated,
+            "overlap": overlap(outcome.chosen, rows) if compared else None,
+            "chance": len(rows) / rated if compared else None,
             "score": float(outcome.decisive[list(rows)].mean()),
             "tokens": float(outcome.tokens[list(rows)].mean()),
         }
 
     what = {"score": "best score", "random": "random", "longest": "longest"}
     return [
-        row(f"this selection ({method})", outcome.chosen),
-        *[row(what[name], rows) for name, rows in outcome.baselines.items()],
-        row("all rated rows", range(rated)),
+        row(f"this selection ({what.get(method, method)})", outcome.chosen, compared=False),
+        *[row(what[name], rows) for name, rows in outcome.baselines.items() if name != method],
+        row("all rated rows", range(rated), compared=False),
     ]
 
 

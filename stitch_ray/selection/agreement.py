@@ -1,27 +1,32 @@
-"""How far two scorings put the same examples in the same order."""
+"""How far several scorings put the same examples in the same order."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+Floats = NDArray[np.float64]
+
 
 def spearman(a: ArrayLike, b: ArrayLike) -> float:
-    """Spearman's rank correlation, ties given their mean rank. NaN if one side is constant or has fewer than two values.
+    """Spearman's rank correlation of two scorings, each (examples,). NaN if one is constant."""
+    return float(rank_correlations(np.stack([np.asarray(a), np.asarray(b)], axis=1))[0, 1])
 
-    a, b: (examples,).
+
+def rank_correlations(columns: ArrayLike) -> Floats:
+    """Spearman's correlation of every pair of columns. (examples, scorings) -> (scorings, scorings).
+
+    NaN where a column is constant, as its ranks say nothing; with fewer than two examples everything is NaN.
     """
-    x, y = ranks(a), ranks(b)
-    if x.shape != y.shape:
-        raise ValueError(f"{x.size} and {y.size} values")
-    x, y = x - x.mean() if x.size else x, y - y.mean() if y.size else y
-    norm = float(np.sqrt((x @ x) * (y @ y)))
-    return float(x @ y) / norm if norm else float("nan")
+    values = np.asarray(columns, dtype=np.float64)
+    by_rank = np.stack([ranks(column) for column in values.T], axis=1)
+    by_rank -= by_rank.mean(axis=0)
+    lengths = np.sqrt((by_rank**2).sum(axis=0))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(np.clip(by_rank.T @ by_rank / np.outer(lengths, lengths), -1, 1))
 
 
-def ranks(values: ArrayLike) -> NDArray[np.float64]:
-    """Ranks from 1, equal values sharing the mean of theirs."""
-    v = np.asarray(values, dtype=np.float64)
-    _, inverse, counts = np.unique(v, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return np.asarray((last - (counts - 1) / 2)[inverse])
+def ranks(values: ArrayLike) -> Floats:
+    """Ranks from 1; equal values share the mean of theirs."""
+    _, group, counts = np.unique(np.asarray(values, dtype=np.float64), return_inverse=True, return_counts=True)
+    return np.asarray((np.cumsum(counts) - (counts - 1) / 2)[group])

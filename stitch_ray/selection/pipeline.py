@@ -56,7 +56,8 @@ def run(ready: Ready, folder: RunFolder, progress: Progress = lambda step: None)
     if ready.config.report.compare_layouts:
         agreement = _compare_layouts(ready, folder.path, corpus, batches, ratings, scores, progress)
         folder.manifest["layout_agreement"] = agreement
-    outcome = write_results(ready, folder.path, corpus, ids, ratings, scores)
+    tokens_of = {name: item.tokens for batch in batches for item in batch.items for name in item.example_ids}
+    outcome = write_results(ready, folder.path, corpus, ids, ratings, scores, tokens_of)
     folder.write_quarantine(quarantined)
     seconds, tokens = sum(usage.seconds for usage in used), sum(usage.tokens for usage in used)
     folder.manifest.update(

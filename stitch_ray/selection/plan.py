@@ -76,12 +76,17 @@ def plan_table(batches: Sequence[Batch]) -> pa.Table:
 def restore_batches(table: pa.Table, items: Sequence[Item]) -> list[Batch]:
     """The batches of a plan written earlier. Raises RuntimeError if it is not a plan of these items."""
     by_id = {item.content_id: item for item in items}
-    members: dict[int, dict[str, None]] = {}
-    for batch_id, content_id in zip(table["batch_id"].to_pylist(), table["content_id"].to_pylist(), strict=True):
-        members.setdefault(batch_id, {})[content_id] = None
+    members: dict[int, dict[str, list[int]]] = {}
+    for row in table.sort_by(
+        [("batch_id", "ascending"), ("content_id", "ascending"), ("turn", "ascending")]
+    ).to_pylist():
+        members.setdefault(row["batch_id"], {}).setdefault(row["content_id"], []).append(row["tokens"])
     if sum(map(len, members.values())) != len(items) or any(c not in by_id for of in members.values() for c in of):
         raise RuntimeError("plan.parquet does not belong to this corpus; remove the run folder and start over")
-    return [Batch(number, tuple(by_id[c] for c in of_batch)) for number, of_batch in sorted(members.items())]
+    return [
+        Batch(number, tuple(replace(by_id[c], turn_tokens=tuple(tokens)) for c, tokens in of_batch.items()))
+        for number, of_batch in members.items()
+    ]
 
 
 def corpus_items(corpus: Corpus, ids: Sequence[str], bodies: Path | None) -> list[Item]:

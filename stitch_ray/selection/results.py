@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,11 +39,17 @@ class Outcome:
 
 
 def write_results(
-    ready: Ready, path: Path, corpus: Corpus, ids: Sequence[str], ratings: Ratings, scores: Scores
+    ready: Ready,
+    path: Path,
+    corpus: Corpus,
+    ids: Sequence[str],
+    ratings: Ratings,
+    scores: Scores,
+    tokens_of: Mapping[str, int],
 ) -> Outcome:
-    """Write `scores.parquet` and `selected.jsonl`. Raises UserError if more rows are asked for than were rated."""
+    """Write `scores.parquet` and `selected.jsonl`. `tokens_of`: an example's content, all rated turns. Raises UserError if more rows are asked for than were rated."""
     config = ready.config
-    tokens = np.add.reduceat(ratings.tokens, ratings.first_turn)
+    tokens = np.array([tokens_of[name] for name in ratings.example_ids], dtype=np.int64)
     rows_of = {name: row for row, name in enumerate(ids)}
     corpus_rows = np.array([rows_of[name] for name in ratings.example_ids], dtype=np.int64)
     decisive = _decisive(config, scores)

@@ -15,7 +15,8 @@ from stitch_ray.data.corpus import CORPUS_SCHEMA, Corpus
 from stitch_ray.data.quarantine import Quarantined
 from stitch_ray.report import figures
 from stitch_ray.report.html import percent
-from stitch_ray.report.selection import spearman, write_report
+from stitch_ray.report.selection import write_report
+from stitch_ray.selection.agreement import rank_correlations
 from stitch_ray.runs import RunFolder
 from stitch_ray.selection.bodies import EncoderSpec
 from stitch_ray.selection.preflight import Ready, ReadyModel
@@ -122,7 +123,8 @@ def build(
     )
     scores = score(ratings, config, [m.parameters for m in ready.models])
     folder = RunFolder.open(path / "run", "select", config.model_dump(mode="json"), {"data": {}})
-    outcome = write_results(ready, folder.path, corpus, ids, ratings, scores)
+    lengths = dict(zip(ratings.example_ids, np.add.reduceat(ratings.tokens, ratings.first_turn).tolist(), strict=True))
+    outcome = write_results(ready, folder.path, corpus, ids, ratings, scores, lengths)
     used = [
         Usage(name)
         if rated_before
@@ -154,7 +156,17 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_all_sections_are_there_with_their_numbers(full: str) -> None:
     page = Page(full)
     ids = [attributes["id"] for tag, attributes in page.tags if tag == "section"]
-    expected = "scores who agreement ratings baselines examples throughput quarantine reproduce".split()
+    expected = [
+        "scores",
+        "who",
+        "agreement",
+        "ratings",
+        "baselines",
+        "examples",
+        "throughput",
+        "quarantine",
+        "reproduce",
+    ]
     assert ids == expected
     assert "12 of 60 rated examples kept (20%)" in page.text
     assert "The model-level score decided: the best were kept." in page.text
@@ -271,7 +283,7 @@ def test_lengths_of_any_range_can_be_drawn(tokens: list[int]) -> None:
 
 def test_spearman_by_hand() -> None:
     """Ranks of x: 1, 2.5, 2.5, 4; of y: 1, 3, 2, 4. Covariance sum 4.5, norms sqrt(4.5) and sqrt(5)."""
-    matrix = spearman([[10, 1, 5], [20, 3, 5], [20, 2, 5], [30, 9, 5]])
+    matrix = rank_correlations([[10, 1, 5], [20, 3, 5], [20, 2, 5], [30, 9, 5]])
     assert matrix[0, 1] == pytest.approx(4.5 / np.sqrt(4.5 * 5))
     assert matrix[0, 0] == pytest.approx(1)
     assert np.isnan(matrix[2]).all()
@@ -279,7 +291,7 @@ def test_spearman_by_hand() -> None:
 
 def test_spearman_sees_order_only() -> None:
     x = np.arange(50.0)
-    matrix = spearman(np.stack([x, np.exp(x / 5), -(x**3)], axis=1))
+    matrix = rank_correlations(np.stack([x, np.exp(x / 5), -(x**3)], axis=1))
     np.testing.assert_allclose(matrix, [[1, 1, -1], [1, 1, -1], [-1, -1, 1]])
 
 
