@@ -83,6 +83,12 @@ def work_differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: 
     return sorted(found)
 
 
+def _merged(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """`now`, and what only `before` has: the ratings of a model that is left out for once stay in the folder."""
+    both = {key: _merged(before[key], now[key]) for key in before.keys() & now.keys() if isinstance(now[key], Mapping)}
+    return {**before, **now, **both}
+
+
 @dataclass(slots=True)
 class RunFolder:
     """A job's folder. `manifest` is written by `save`, and with a final status by `finish` and `fail`."""
@@ -92,6 +98,8 @@ class RunFolder:
     work: dict[str, Any]
     manifest: dict[str, Any] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
+    disposable: bool = False
+    """Made by this run and without results yet: a UserError removes it. The job sets False before its first result."""
 
     @classmethod
     def open(
@@ -118,14 +126,14 @@ class RunFolder:
             raise UserError(f"{path} exists and is not a run folder of this tool. Choose another --out")
         try:
             path.mkdir(parents=True, exist_ok=True)
-            folder = cls(path, job, work)
+            folder = cls(path, job, work, disposable=previous is None)
             folder.manifest = {
                 "job": job,
                 "status": "running",
                 "created": (previous or {}).get("created") or time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                 "config_hash": content_hash(config),
                 "work_hash": content_hash(work),
-                "work": {**(previous or {}).get("work", {}), **work},
+                "work": _merged((previous or {}).get("work", {}), work),
                 "versions": versions(),
                 "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
             }
@@ -148,8 +156,10 @@ class RunFolder:
             raise UserError(
                 f"{manifest} cannot be read ({error}); remove the folder or choose another --out"
             ) from error
-        if previous.get("job") != job:
-            raise UserError(f"{path} is a run of {previous.get('job')!r}, not of {job!r}. Choose another --out")
+        if not isinstance(previous, dict) or "job" not in previous:
+            raise UserError(f"{path} exists and is not a run folder of this tool. Choose another --out")
+        if previous["job"] != job:
+            raise UserError(f"{path} is a run of {previous['job']!r}, not of {job!r}. Choose another --out")
         return dict(previous)
 
     def save(self) -> None:
@@ -167,6 +177,9 @@ class RunFolder:
         self.save()
 
     def fail(self, error: BaseException) -> None:
+        if self.disposable and isinstance(error, UserError):
+            shutil.rmtree(self.path, ignore_errors=True)
+            return
         self.manifest.update(status="failed", error=f"{type(error).__name__}: {error}"[:2000])
         self.manifest["seconds"] = round(time.monotonic() - self.started, 3)
         self.save()

@@ -11,9 +11,9 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
 class Strict(BaseModel):
-    """Unknown keys are errors, values are not coerced across types, and a loaded configuration does not change."""
+    """Unknown keys are errors, numbers are finite, and a loaded configuration does not change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class DataConfig(Strict):
@@ -31,8 +31,10 @@ class ModelConfig(Strict):
 
     path: str = Field(description="folder in Hugging Face format, or a Hub id that is in the local cache")
     name: Name = Field("", description="name in files and reports; default: the last part of the path")
-    engine: Literal["transformers", "vllm"] = "transformers"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    engine: Literal["transformers", "vllm"] = Field("transformers", description="what runs the model")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="number format of the weights; auto: as they are stored"
+    )
     parameters: float | None = Field(None, gt=0, description="size used as weight; default: counted from the weights")
     max_tokens: int | None = Field(None, ge=16, description="longest sequence; default: the model's context")
     batch_tokens: int | None = Field(None, ge=1, description="tokens a forward; default 1024 on CPU, 16384 on GPU")

@@ -93,7 +93,7 @@ def _assign(values: Any, keys: Sequence[str], value: Any) -> None:
     for position, key in enumerate(keys):
         last = position == len(keys) - 1
         if isinstance(values, list):
-            if not key.isdigit() or int(key) >= len(values):
+            if not key.isdecimal() or int(key) >= len(values):
                 raise UserError(f"--set {path}: {'.'.join(keys[:position])} has {len(values)} entries, no {key!r}")
             if last:
                 values[int(key)] = value

@@ -41,7 +41,9 @@ class SelectionConfig(Strict):
     )
     proportion: float | None = Field(None, gt=0, le=1, description="share of the rated rows, exact; default 0.2")
     count: int | None = Field(None, ge=1, description="number of rows, instead of proportion")
-    method: Literal["score", "diverse", "random", "longest"] = "score"
+    method: Literal["score", "diverse", "random", "longest"] = Field(
+        "score", description="best score first, the same under a cap on similarity, or one of two baselines"
+    )
     diversity: DiversityConfig | None = Field(None, description="needed by method: diverse")
 
     @model_validator(mode="before")
@@ -70,12 +72,12 @@ class ReportConfig(Strict):
 class SelectConfig(Strict):
     """Rate instruction data by the model's own uncertainty and keep the best part."""
 
-    data: DataConfig
-    models: list[ModelConfig] = Field(min_length=1)
-    rating: RatingConfig = RatingConfig()  # type: ignore[call-arg]
-    select: SelectionConfig = SelectionConfig(proportion=0.2)  # type: ignore[call-arg]
-    report: ReportConfig = ReportConfig()  # type: ignore[call-arg]
-    seed: int = 0
+    data: DataConfig = Field(description="where examples come from")
+    models: list[ModelConfig] = Field(min_length=1, description="the models that rate, each on its own")
+    rating: RatingConfig = Field(RatingConfig(), description="how examples are rated")  # type: ignore[call-arg]
+    select: SelectionConfig = Field(SelectionConfig(proportion=0.2), description="what is kept")  # type: ignore[call-arg]
+    report: ReportConfig = Field(ReportConfig(), description="what the report shows")  # type: ignore[call-arg]
+    seed: int = Field(0, description="of the random baseline and of the samples in the report")
 
     @model_validator(mode="after")
     def _consistent(self) -> SelectConfig:

@@ -192,7 +192,9 @@ def _run(folder: Path, config: DataConfig, sources: Sequence[str]) -> None:
         write_text(folder / "quarantine" / f"{index:06d}.jsonl", lines)
         write_json(folder / "quarantine" / f"{index:06d}.count", count)
 
-    rows = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(read, batch_size=1).sort("content_id")
+    rows = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(read, batch_size=1)
+    # By the record too, so that of equal contents with different records each has the same id whatever comes first.
+    rows = rows.sort(["content_id", "raw"])
     try:
         rows.write_parquet(str(folder / "rows"), min_rows_per_file=1)
     except Exception as error:
@@ -201,13 +203,19 @@ def _run(folder: Path, config: DataConfig, sources: Sequence[str]) -> None:
             raise cause from error
         raise
     files = [file for file in (folder / "rows").rglob("*.parquet") if pq.read_metadata(file).num_rows]
-    files.sort(key=lambda file: pq.read_table(file, columns=["content_id"])["content_id"][0].as_py())
+    files.sort(key=_first_row)
     rows_in = sum(json.loads(file.read_text()) for file in (folder / "quarantine").glob("*.count"))
     stored = sum(pq.read_metadata(file).num_rows for file in files)
     rejected = sum(len(file.read_text("utf-8").splitlines()) for file in (folder / "quarantine").glob("*.jsonl"))
     if stored + rejected != rows_in:
         raise RuntimeError(f"{rows_in} rows read, but {stored} stored and {rejected} quarantined")
     write_json(folder / _MARKER, {"rows_in": rows_in, "files": [str(file.relative_to(folder)) for file in files]})
+
+
+def _first_row(file: Path) -> tuple[str, str]:
+    with pq.ParquetFile(file) as parquet:
+        row = next(parquet.iter_batches(1, columns=["content_id", "raw"])).to_pylist()[0]
+    return row["content_id"], row["raw"]
 
 
 def _table(examples: Sequence[Example]) -> pa.Table:

@@ -5,7 +5,7 @@ function registered here. It attends document by document, so nothing is padded 
 
     [ trunk 0 | branches 0 ] [ trunk 1 | branches 1 ] ...
 
-A trunk may continue a prefix whose keys and values were recorded once (`record`). Branches continue their trunk and do
+A trunk may continue a prefix whose keys and values were recorded once (`Pass.recording`). Branches continue their trunk and do
 not see each other (the K rating prompts behind one content). No forward is rewritten: the plan of a pass travels in a
 context variable, positions in `position_ids`.
 """
@@ -24,6 +24,9 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
 IMPLEMENTATION = "stitch_documents"
+
+LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "moe", "mlp"})
+"""What `config.layer_types` may hold. A recurrent or convolutional layer would carry its state across documents."""
 
 LayerKV = tuple[Tensor, Tensor]
 """Keys and values of one layer, each of shape (1, key/value heads, tokens, head width)."""
@@ -53,16 +56,30 @@ class Document:
 
 @dataclass(slots=True)
 class Pass:
-    """The plan of one forward. With `last_only`, the last layer attends from the wanted positions alone."""
+    """The plan of one forward, and what was seen of the model on the way.
+
+    `last_only`: the last of `num_layers` attends from the wanted positions alone, the end of every trunk or, if it has
+    any, branch. `recording` collects keys and values. `layer` counts the attention calls so far. `windows` are the
+    sliding windows the attention was given, `mask_windows` those the model's masks would have had.
+    """
 
     documents: Sequence[Document]
-    num_layers: int
-    wanted: Tensor | None = None
+    num_layers: int = 0
     last_only: bool = False
     recording: Prefix | None = None
     layer: int = 0
     last_module: torch.nn.Module | None = None
+    windows: set[int | None] = field(default_factory=set)
+    mask_windows: set[int | None] = field(default_factory=set)
     masks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+
+    def check_windows(self) -> None:
+        """Raise where the masks, which this attention ignores, say more than its arguments (chunks, Llama 4)."""
+        none = {None, 0}  # 0: Qwen2-MoE without windows makes such a mask and does not use it
+        if self.mask_windows - none != self.windows - none:
+            raise UnsupportedAttentionError(
+                f"masks have windows {self.mask_windows - none}, the attention is given {self.windows - none}"
+            )
 
 
 class UnsupportedAttentionError(ValueError):
@@ -82,10 +99,25 @@ def attention_pass(plan: Pass) -> Iterator[Pass]:
         _current.reset(token)
 
 
+def _current_pass() -> Pass:
+    plan = _current.get()
+    if plan is None:
+        raise RuntimeError(f"attention {IMPLEMENTATION!r} was called outside attention_pass()")
+    return plan
+
+
 def register() -> None:
     """Make the function known to transformers as `attn_implementation="stitch_documents"`. Safe to call again."""
     AttentionInterface.register(IMPLEMENTATION, _attend_row)
-    AttentionMaskInterface.register(IMPLEMENTATION, lambda *args, **kwargs: None)
+    AttentionMaskInterface.register(IMPLEMENTATION, _no_mask)
+
+
+def _no_mask(*_args: Any, local_size: int | None = None, use_vmap: bool = False, **_kwargs: Any) -> None:
+    """In place of a mask. `local_size` is its window or chunk; transformers sets `use_vmap` for a model's own rules."""
+    plan = _current_pass()
+    if use_vmap:
+        raise UnsupportedAttentionError("the model adds rules of its own to the causal mask")
+    plan.mask_windows.add(local_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +133,6 @@ class _Variant:
         return self.softcap is None and self.sinks is None and (self.window is None or tokens <= self.window)
 
 
-_IGNORED = frozenset({"is_causal", "position_ids", "output_attentions", "use_cache", "cache_position"})
-
-
 def _attend_row(
     module: torch.nn.Module,
     query: Tensor,
@@ -115,59 +144,63 @@ def _attend_row(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    **extra: Any,
+    position_bias: Tensor | None = None,
+    is_causal: bool | None = None,
+    **_extra: Any,
 ) -> tuple[Tensor, None]:
     """Attention over a flat row. query: (1, heads, tokens, width); key, value: (1, kv heads, tokens, width).
 
-    Returns (1, tokens, heads, value width). Positions that nobody wants in the last layer stay zero.
+    Returns (1, tokens, heads, value width). Positions that nobody wants in the last layer stay zero. Raises
+    UnsupportedAttentionError for what it would have to ignore.
     """
-    plan = _current.get()
-    if plan is None:
-        raise RuntimeError(f"attention {IMPLEMENTATION!r} was called outside attention_pass()")
-    unknown = {name for name, given in extra.items() if given is not None and name not in _IGNORED}
-    if attention_mask is not None or dropout or any(name.startswith("position_bias") for name in unknown):
-        raise UnsupportedAttentionError(f"{type(module).__name__} passes a mask, dropout or {sorted(unknown)}")
+    plan = _current_pass()
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    if attention_mask is not None or position_bias is not None or dropout or not causal:
+        raise UnsupportedAttentionError(f"{type(module).__name__} passes a mask, a bias or dropout, or is not causal")
     layer, plan.layer, plan.last_module = plan.layer, plan.layer + 1, module
+    plan.windows.add(sliding_window)
     if plan.recording is not None:
         plan.recording.layers.append((key.clone(), value.clone()))
     variant = _Variant(scaling, sliding_window, softcap, s_aux)
     last = plan.last_only and layer == plan.num_layers - 1
     out = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
     for document in plan.documents:
-        keys, values, shift = _with_prefix(document, layer, key, value)
+        keys, values = _with_prefix(document, layer, key, value)
         if last:
             _attend_wanted(plan, document, variant, query, keys, values, out)
             continue
-        _attend_trunk(plan, document, variant, query, keys, values, out, shift)
+        if document.trunk:
+            _attend_trunk(plan, document, variant, query, keys, values, out)
         if document.branches:
             _attend_branches(plan, document, variant, query, keys, values, out)
     return out, None
 
 
-def _with_prefix(document: Document, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, int]:
+def _with_prefix(document: Document, layer: int, key: Tensor, value: Tensor) -> LayerKV:
+    """Keys and values of the prefix, the trunk and the branches, in this order."""
     stop = document.start + document.trunk + sum(document.branches)
     keys, values = key[:, :, document.start : stop], value[:, :, document.start : stop]
     if document.prefix is None:
-        return keys, values, 0
+        return keys, values
     prefix_keys, prefix_values = document.prefix.layers[layer]
-    return torch.cat((prefix_keys, keys), 2), torch.cat((prefix_values, values), 2), document.prefix.length
+    return torch.cat((prefix_keys, keys), 2), torch.cat((prefix_values, values), 2)
 
 
 def _attend_trunk(
-    plan: Pass, document: Document, variant: _Variant, query: Tensor, keys: Tensor, values: Tensor, out: Tensor, p: int
+    plan: Pass, document: Document, variant: _Variant, query: Tensor, keys: Tensor, values: Tensor, out: Tensor
 ) -> None:
-    start, stop = document.start, document.start + document.trunk
-    q, tokens = query[:, :, start:stop], p + document.trunk
+    start, stop, prefix = document.start, document.start + document.trunk, document.prefix_length
+    q, tokens = query[:, :, start:stop], prefix + document.trunk
     keys, values = keys[:, :, :tokens], values[:, :, :tokens]
     if variant.plain(tokens):
-        if p:
+        if prefix:
             # Square and causal beats a masked rectangle: no mask to build, and the kernel skips the upper triangle.
-            q = F.pad(q, (0, 0, p, 0))
+            q = F.pad(q, (0, 0, prefix, 0))
         y = F.scaled_dot_product_attention(
             q, keys, values, is_causal=True, scale=variant.scale, enable_gqa=q.shape[1] != keys.shape[1]
-        )[:, :, p:]
+        )[:, :, prefix:]
     else:
-        mask = _masks(plan, ("trunk", p, document.trunk, variant.window), query.device, _trunk_mask)
+        mask = _masks(plan, ("trunk", prefix, document.trunk, variant.window), query.device, _trunk_mask)
         y = _attend(q, keys, values, mask, variant)
     out[:, start:stop] = y.transpose(1, 2)
 
@@ -260,6 +293,7 @@ class RowBuilder:
 
     def add(self, trunk: Sequence[int], branches: Sequence[Sequence[int]] = (), prefix: Prefix | None = None) -> None:
         """The last token of the trunk, or of every branch if there are any, is wanted."""
+        assert all(branches) if branches else trunk, "a document, or one of its branches, has no token to read"
         document = Document(len(self.ids), len(trunk), tuple(len(branch) for branch in branches), prefix)
         first = document.prefix_length
         self.documents.append(document)

@@ -2,12 +2,13 @@
 
 Ids always equal those of the whole text. The text of the first prompt is tokenised in one piece and cut where a token
 boundary falls on the text boundary; the other prompts share that body, because the text around it is the same up to
-the boundary. This is verified for the tokenizer on probes and for every row on its own cut; a row or a tokenizer for
-which it does not hold is rated as whole sequences, one a prompt.
+the boundary. This is verified for the tokenizer on probes and on its vocabulary, and for every row on its own cut; a
+row or a tokenizer for which it does not hold is rated as whole sequences, one a prompt.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,7 +70,9 @@ class RatingEncoder:
         self.shares_bodies = bool(getattr(tokenizer, "is_fast", False)) and self._find_sides()
         if not self.shares_bodies:
             self._heads = self._tails = ((),)
-        longest = max(len(self._encode_text(layout.whole("", k)).ids) for k in range(self.num_prompts))
+        self._longest_sides = max(map(len, self._heads)) + max(map(len, self._tails))  # one of the two has one entry
+        around = [layout.whole(Content("", "").text, k) for k in range(self.num_prompts)]
+        longest = max(len(self._encode_text(text).ids) for text in around)
         self._room = max_tokens - longest
         if self._room < _SMALLEST_ROOM:
             raise UserError(
@@ -99,7 +102,7 @@ class RatingEncoder:
             body = self._cut(_without_trailing_specials(ids, spans), content, 0)
             if body is None:
                 bodies.append(self._encode_apart(content))
-            elif len(body) > self._room:
+            elif len(body) + self._longest_sides > self._max_tokens:
                 bodies.append(self._shorten(content))
             else:
                 bodies.append(EncodedBody(body))
@@ -114,7 +117,7 @@ class RatingEncoder:
     def _shorten(self, content: Content) -> EncodedBody:
         """Cut the response at its end; cut the instruction only where it alone would take more than half the room."""
         instruction, response = self._encode_text(content.instruction), self._encode_text(content.response)
-        room = self._room - len(self._encode_text(Content("", "").text).ids)
+        room = self._room
         while room > 0:
             for_response = min(len(response.ids), max(room - len(instruction.ids), room // 2))
             cut = Content(
@@ -152,7 +155,20 @@ class RatingEncoder:
             }
             if len(cuts) > 1 or None in cuts:
                 return False
-        return True
+        return not self._can_join()
+
+    def _can_join(self) -> bool:
+        """Whether some token reaches over the boundary to the side that differs, so that rows may differ in where it is.
+
+        Text before either boundary ends in a newline ("Ċ" in byte-level vocabularies).
+        """
+        if len(self._heads) > 1:
+            behind = {Content("", "").text[0]}
+        else:
+            behind = {self._layout.tail(k)[0] for k in range(self.num_prompts)}
+        behind |= {chr(character.encode()[0]) for character in behind}  # its first byte, as byte-level vocabularies write it
+        joined = re.compile(f"[\nĊ][{re.escape(''.join(sorted(behind)))}]", re.IGNORECASE)
+        return any(joined.search(token) for token in self._tokenizer.get_vocab())
 
     def _cut(self, text: _Text, content: Content, prompt: int) -> Ids | None:
         """The body's ids, or None if head, body and tail do not meet at token boundaries."""

@@ -64,11 +64,12 @@ def contents(messages: Sequence[Turn], context: str | None) -> list[Content]:
     found: list[Content] = []
     said: list[str] = []
     exchanges = sum(turn.role == "assistant" for turn in messages)
-    for turn in messages:
+    question = next((place for place, turn in enumerate(messages) if turn.role == "user"), None)
+    for place, turn in enumerate(messages):
         text = turn.content.strip()
         if turn.role == "assistant":
             found.append(Content("\n".join(said), text))
-        if turn.role == "user" and context and not any(t.role == "user" for t in messages[: messages.index(turn)]):
+        if context and place == question:
             text = f"{text}\n{context.strip()}"
         plain = exchanges == 1 and turn.role == "user"
         said.append(text if plain else f"{turn.role.capitalize()}: {text}")

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from stitch_ray import ray_session
 from stitch_ray.data.corpus import Corpus, build_corpus, example_ids
 from stitch_ray.data.quarantine import Quarantined
+from stitch_ray.errors import UserError
 from stitch_ray.report.selection import write_report
 from stitch_ray.runs import Progress, RunFolder, Step, Summary, atomic_path, fresh_folder
 from stitch_ray.selection.agreement import spearman
@@ -44,6 +45,7 @@ def run(ready: Ready, folder: RunFolder, progress: Progress = lambda step: None)
     check_cluster(ready, folder.path)
     corpus = _read_corpus(ready, folder.path, progress)
     ids = example_ids(corpus)
+    folder.disposable = False
     jobs = [_rating_jobs(ready, model, folder.path, corpus) for model in ready.models]
     batches = _plan(folder.path, corpus, ids, jobs[0][0], progress)
     used = [_rate(of_model, corpus, batches, progress) for of_model in jobs]
@@ -51,6 +53,9 @@ def run(ready: Ready, folder: RunFolder, progress: Progress = lambda step: None)
 
     ratings = load_ratings(files, ready.prompt_hashes, ready.config.rating.num_ratings)
     quarantined = [*corpus.quarantined, *_unrated(corpus, ids, ratings.bad)]
+    if not ratings.example_ids:
+        folder.write_quarantine(quarantined)
+        raise UserError(f"no row has finite logits from every model; first: {next(iter(ratings.bad.values()))}")
     scores = score(ratings, ready.config, [model.parameters for model in ready.models])
     agreement = None
     if ready.config.report.compare_layouts:
@@ -145,7 +150,9 @@ def _compare_layouts(
         _rate([job], corpus, sample, progress)
         files = [job.rating_file(batch.batch_id) for batch in sample]
         again = load_ratings([files], ready.prompt_hashes, config.rating.num_ratings)
-        sentence = score(again, config.model_copy(update={"models": [model.config]}), [1.0]).sentence[:, 0]
+        rating = config.rating.model_copy(update={"weights": "parameters"})  # those of the config are for all models
+        alone = config.model_copy(update={"models": [model.config], "rating": rating})
+        sentence = score(again, alone, [1.0]).sentence[:, 0]
         first = dict(zip(ratings.example_ids, scores.sentence[:, number], strict=True))
         both = [(first[name], value) for name, value in zip(again.example_ids, sentence, strict=True) if name in first]
         found[model.config.name] = spearman(*np.array(both).T)
@@ -183,7 +190,7 @@ def _rate(jobs: Sequence[RatingJob], corpus: Corpus, batches: Sequence[Batch], p
     stats: list[dict[str, Any]] = []
     seconds = 0.0
     for job in jobs:
-        pending = [batch for batch in batches if not job.rating_file(batch.batch_id).exists()]
+        pending = [batch for batch in batches if not job.is_rated(batch.batch_id)]
         if pending:
             _tokenise(job, corpus, progress)
             started = time.monotonic()

@@ -81,7 +81,7 @@ def restore_batches(table: pa.Table, items: Sequence[Item]) -> list[Batch]:
         [("batch_id", "ascending"), ("content_id", "ascending"), ("turn", "ascending")]
     ).to_pylist():
         members.setdefault(row["batch_id"], {}).setdefault(row["content_id"], []).append(row["tokens"])
-    if sum(map(len, members.values())) != len(items) or any(c not in by_id for of in members.values() for c in of):
+    if sorted(c for of_batch in members.values() for c in of_batch) != sorted(by_id):
         raise RuntimeError("plan.parquet does not belong to this corpus; remove the run folder and start over")
     return [
         Batch(number, tuple(replace(by_id[c], turn_tokens=tuple(tokens)) for c, tokens in of_batch.items()))

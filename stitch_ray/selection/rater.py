@@ -45,6 +45,18 @@ class RatingJob:
         """The file of a finished batch."""
         return self.ratings / f"{self.model.name}.{self.prompts.name}.{batch_id:06d}.parquet"
 
+    def is_rated(self, batch_id: int) -> bool:
+        """Whether the batch has a file that can be read to its end. A damaged one is removed."""
+        file = self.rating_file(batch_id)
+        if not file.exists():
+            return False
+        try:
+            pq.read_table(file, page_checksum_verification=True)
+        except (pa.ArrowInvalid, OSError):
+            file.unlink()
+            return False
+        return True
+
 
 class Rater:
     """A Ray Data actor. Loads the engine once; a call rates planned batches and returns what they cost."""
@@ -88,7 +100,7 @@ class Rater:
 
     def _count_attempt(self, batch_id: int) -> None:
         """A batch that takes its actor down every time must not be retried for ever."""
-        with open(self._job.attempts / f"{self._job.model.name}.{batch_id:06d}", "a", encoding="utf-8") as file:
+        with open(self._job.attempts / self._job.rating_file(batch_id).stem, "a", encoding="utf-8") as file:
             file.write("x")
             attempts = file.tell()
         if attempts > _MOST_ATTEMPTS:
@@ -148,7 +160,7 @@ def write_ratings(
                 rows += [{"example_id": example_id, **shared} for example_id in item.example_ids]
             flat += 1
     with atomic_path(target) as temporary:
-        pq.write_table(pa.Table.from_pylist(rows, schema=RATING_SCHEMA), temporary)
+        pq.write_table(pa.Table.from_pylist(rows, schema=RATING_SCHEMA), temporary, write_page_checksum=True)
 
 
 _ITEM_SCHEMA = pa.schema(

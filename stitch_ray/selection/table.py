@@ -23,6 +23,8 @@ from stitch_ray.selection.scores import (
 
 Floats = NDArray[np.float64]
 
+_KEY = ["example_id", "turn"]
+
 
 @dataclass(frozen=True, slots=True)
 class Ratings:
@@ -60,12 +62,12 @@ def load_ratings(files: Sequence[Sequence[Path]], prompt_hashes: Sequence[str], 
     Raises RuntimeError if a (example, turn, model, prompt) is missing or stands twice.
     """
     tables = [_model_table(paths, prompt_hashes) for paths in files]
-    keys = tables[0].select(["example_id", "turn"]).take(np.arange(0, tables[0].num_rows, len(prompt_hashes)))
+    keys = tables[0].select(_KEY).take(np.arange(0, tables[0].num_rows, len(prompt_hashes)))
     per_model = []
     bad: dict[str, str] = {}
     for table in tables:
-        if table.num_rows != len(keys) * len(prompt_hashes):
-            raise RuntimeError(f"{table.num_rows} ratings for {len(keys)} turns and {len(prompt_hashes)} prompts")
+        if not table.select(_KEY).take(np.arange(0, table.num_rows, len(prompt_hashes))).equals(keys):
+            raise RuntimeError("the models' rating files are not of the same turns")
         for row in table.filter(pc.is_null(table["logits"])).select(["example_id", "model", "prompt"]).to_pylist():
             bad[row["example_id"]] = f"model {row['model']} gives logits that are not finite (prompt {row['prompt']})"
         per_model.append(_stack(table, len(prompt_hashes), num_ratings))
@@ -107,10 +109,17 @@ def _model_table(paths: Sequence[Path], prompt_hashes: Sequence[str]) -> pa.Tabl
     table = table.set_column(table.schema.get_field_index("prompt"), "prompt", position)
     table = table.filter(pc.is_valid(table["prompt"]))
     table = table.sort_by([("example_id", "ascending"), ("turn", "ascending"), ("prompt", "ascending")])
-    expected = np.tile(np.arange(len(prompt_hashes)), -(-table.num_rows // len(prompt_hashes)))[: table.num_rows]
-    if not np.array_equal(table["prompt"].to_numpy(), expected):
+    in_place = np.array_equal(table["prompt"].to_numpy(), np.arange(table.num_rows) % len(prompt_hashes))
+    if not in_place or not np.array_equal(_turn_starts(table), np.arange(0, table.num_rows, len(prompt_hashes))):
         raise RuntimeError("the rating files have a (example, turn, prompt) missing or twice")
     return table
+
+
+def _turn_starts(table: pa.Table) -> NDArray[np.int64]:
+    """Rows of a sorted table whose (example, turn) differs from that of the row before."""
+    before, after = table.slice(0, max(0, table.num_rows - 1)), table.slice(1)
+    same = [pc.equal(before[name], after[name]).to_numpy() for name in _KEY]
+    return np.flatnonzero(np.append(True, ~np.logical_and(*same))[: table.num_rows])
 
 
 def _stack(table: pa.Table, prompts: int, ratings: int) -> NDArray[np.float32]:

@@ -200,7 +200,7 @@ def test_models_are_combined_by_their_sizes_or_by_the_weights_given(files: Files
     sentence = score(found, config(3), [1, 1, 1]).sentence
     np.testing.assert_allclose(score(found, config(3), [1, 2, 7]).model, sentence @ [0.1, 0.2, 0.7])
     np.testing.assert_allclose(score(found, config(3, weights=[1, 0, 2]), [1, 2, 7]).model, sentence @ [1, 0, 2])
-    np.testing.assert_allclose(score(found, config(3, weights="repo"), [1, 1, 1]).model, sentence @ [0.7, 0.2, 0.1])
+    np.testing.assert_allclose(score(found, config(3, weights="repo"), [1, 1, 1]).model, sentence @ [7 / 20, 13 / 20, 70 / 90])
 
 
 def test_alpha_and_mode_reach_the_scores(files: Files) -> None:
