@@ -27,6 +27,7 @@ from stitch_ray.data import formats, readers
 from stitch_ray.data.quarantine import BadRow
 from stitch_ray.data.synthetic import instruction_corpus
 from stitch_ray.engines.hf import HfEngine
+from stitch_ray.engines.rating import CachedRater
 from stitch_ray.prompts import load_prompts
 from stitch_ray.ray_session import session
 from stitch_ray.records import Example, Turn
@@ -112,10 +113,13 @@ class Naive:
 class Ours:
     """The engine in a plain loop over batches, without Ray."""
 
-    def __init__(self, folder: Path, layout: Layout, dtype: str) -> None:
+    def __init__(self, folder: Path, layout: Layout, dtype: str, path: str = "documents") -> None:
         from stitch_ray.engines.pretrained import load_tokenizer
 
-        self._engine = HfEngine(str(folder), dtype=dtype, num_threads=THREADS, device="cpu")
+        self._engine: Any = HfEngine(str(folder), dtype=dtype, num_threads=THREADS, device="cpu")
+        if path == "cached":
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+            self._engine = CachedRater(model, self._engine.batch_tokens)
         self.encoder = RatingEncoder(
             load_tokenizer(str(folder)), layout, num_ratings=RATINGS, max_tokens=2048, name="bench"
         )
@@ -133,25 +137,21 @@ def engines(
 ) -> tuple[str, dict[str, Any]]:
     """Naive against both layouts, float32 and bfloat16, interleaved."""
     layouts = {name: Layout(name, prompts) for name in ("prompt_first", "content_first")}
-    ours = {
-        (name, dtype): Ours(folder, layout, dtype)
-        for name, layout in layouts.items()
-        for dtype in ("float32", "bfloat16")
-    }
-    naive = Naive(folder, ours["prompt_first", "float32"].encoder, torch.float32)
-    seconds = interleave(
-        {
-            "naive prompt_first float32": lambda: naive.rate(rows, layouts["prompt_first"]),
-            **{f"ours {name} {dtype}": (lambda side=side: side.rate(rows)) for (name, dtype), side in ours.items()},
-        },
-        repeats,
-    )
+    ways = (("documents", "float32"), ("cached", "float32"), ("documents", "bfloat16"))
+    ours = {(name, *way): Ours(folder, layout, way[1], way[0]) for name, layout in layouts.items() for way in ways}
+    naive = Naive(folder, ours["prompt_first", "documents", "float32"].encoder, torch.float32)
+    sides = {"naive prompt_first float32": lambda: naive.rate(rows, layouts["prompt_first"])}
+    for (name, path, dtype), side in ours.items():
+        sides[f"ours {name} {path} {dtype}"] = lambda side=side: side.rate(rows)
+    seconds = interleave(sides, repeats)
     reference = {name: naive.rate(rows, layout) for name, layout in layouts.items()}
     base = median(seconds["naive prompt_first float32"])
-    lengths = sequence_lengths(naive_encoder := ours["prompt_first", "float32"].encoder, naive_encoder.encode(rows))
+    lengths = sequence_lengths(
+        naive_encoder := ours["prompt_first", "documents", "float32"].encoder, naive_encoder.encode(rows)
+    )
     lines = []
     for name, values in seconds.items():
-        layout, dtype = name.split()[-2:]
+        layout, path, dtype = name.split()[-3:]
         row = {
             "side": name,
             "seconds, every repetition": " ".join(f"{value:.2f}" for value in values),
@@ -160,7 +160,7 @@ def engines(
             "tokens/s": f"{lengths.sum() / median(values):,.0f}",
         }
         if name.startswith("ours"):
-            got = ours[layout, dtype].rate(rows)
+            got = ours[layout, path, dtype].rate(rows)
             row["max logit diff"] = f"{np.abs(got - reference[layout]).max():.1e}"
             row["Spearman"] = f"{spearman(sentence_score(got), sentence_score(reference[layout])):.4f}"
         lines.append({**row, **{key: row.get(key, "") for key in ("max logit diff", "Spearman")}})

@@ -7,7 +7,6 @@ import importlib.util
 import os
 import shutil
 
-import torch
 import typer
 
 from stitch_ray import ray_session
@@ -18,6 +17,8 @@ from stitch_ray.runs import versions
 @exits
 def doctor(address: Address = None) -> None:
     """Say which versions are installed, which engines can run and what resources Ray sees."""
+    import torch
+
     for name, version in versions().items():
         print(f"{name:14} {version}")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

@@ -10,8 +10,6 @@ import typer
 from stitch_ray.api import run_select
 from stitch_ray.config import SelectConfig, load_config
 from stitch_ray.console import Address, Config, Limit, Out, Overwrite, Set, exits, progress_bar
-from stitch_ray.selection.estimate import describe, estimate
-from stitch_ray.selection.preflight import check
 
 
 @exits
@@ -28,6 +26,9 @@ def select(
     overrides = [*(set_ or []), *([f"data.limit={limit}"] if limit else [])]
     settings = load_config(SelectConfig, config, overrides)
     if dry_run:
+        from stitch_ray.selection.estimate import describe, estimate  # torch loads only where it is needed
+        from stitch_ray.selection.preflight import check
+
         print(describe(estimate(check(settings))))
         return
     with progress_bar() as progress:

@@ -14,8 +14,6 @@ from stitch_ray.config import SelectConfig, load_config
 from stitch_ray.config.loading import absolute_paths
 from stitch_ray.console import Config, Out, Overwrite, Set, exits
 from stitch_ray.errors import UserError
-from stitch_ray.selection.preflight import check
-from stitch_ray.submission import submit as send
 
 
 @exits
@@ -32,6 +30,9 @@ def submit(
     if job != "select":
         raise UserError(f"unknown job {job!r}; known: select")
     settings = load_config(SelectConfig, config, set_ or [])
+    from stitch_ray.selection.preflight import check  # torch and Ray load only where they are needed
+    from stitch_ray.submission import submit as send
+
     ready = check(settings)
     folder = (out or Path("runs") / f"{job}-{ready.work_hash[:8]}").absolute()
     with tempfile.TemporaryDirectory() as scratch:

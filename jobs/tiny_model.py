@@ -10,16 +10,18 @@ from typing import Annotated
 
 import typer
 
+from stitch_ray.console import exits
 from stitch_ray.data import formats, readers
 from stitch_ray.data.quarantine import BadRow
 from stitch_ray.records import Example
-from stitch_ray.training.tiny import make_tiny_model
 
 _NUM_REASONS_SHOWN = 3
 
 
 def main(data: list[str], out: Path, parameters: str, steps: int, seed: int, overwrite: bool) -> int:
     """Train on every readable example of `data`; rows that cannot be used are counted and the first ones named."""
+    from stitch_ray.training.tiny import make_tiny_model  # torch loads only where it is needed
+
     bad_rows: list[str] = []
     summary = make_tiny_model(
         _examples(data, bad_rows),
@@ -55,6 +57,7 @@ def _show_progress(step: int, steps: int, loss: float) -> None:
     print(f"\rstep {step}/{steps}  loss {loss:.3f}", end="\n" if step == steps else "", file=sys.stderr, flush=True)
 
 
+@exits
 def tiny_model(
     data: Annotated[list[str], typer.Option("--data", help="data file, folder or glob; may be repeated")],
     out: Annotated[Path, typer.Option("--out", help="folder of the new model")],

@@ -17,7 +17,7 @@ from jobs.tiny_model import tiny_model
 from stitch_ray.config import CONFIGS, load_config
 from stitch_ray.console import Config, Set, exits
 from stitch_ray.errors import UserError
-from stitch_ray.runs import MANIFEST
+from stitch_ray.runs import MANIFEST, read_manifest
 
 app = typer.Typer(
     name="stitch-ray",
@@ -67,14 +67,15 @@ def clean(
     failed: Annotated[bool, typer.Option("--failed", help="only runs that did not finish")] = False,
 ) -> None:
     """Remove old run folders; touches nothing that has no manifest of this tool."""
-    found = [
-        m.parent for folder in folders for m in sorted({folder / MANIFEST, *folder.glob(f"*/{MANIFEST}")}) if m.exists()
+    candidates = [
+        path for folder in folders for path in (folder, *sorted(m.parent for m in folder.glob(f"*/{MANIFEST}")))
     ]
+    found = {path.resolve(): (path, manifest) for path in candidates if (manifest := read_manifest(path))}
     if not found:
         raise UserError(f"no run folder in {', '.join(map(str, folders))}")
-    for path in found:
-        status = json.loads((path / MANIFEST).read_text("utf-8")).get("status", "?")
-        if failed and status == "done":
+    for path, manifest in found.values():
+        status = manifest.get("status", "?")
+        if not path.exists() or (failed and status == "done"):  # it may have stood inside one that is gone
             continue
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / 1e6
         if yes:

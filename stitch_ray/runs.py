@@ -71,6 +71,15 @@ def check_writable(path: Path) -> None:
         raise UserError(f"--out {path}: cannot write to {existing}: {error.strerror}") from error
 
 
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """The manifest of `path` if that is a run folder of this tool; other programs have a manifest.json too."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) and {"job", "work_hash"} <= manifest.keys() else None
+
+
 def work_differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Dotted keys present on both sides with different values. A key on one side only is not a difference."""
     found: list[str] = []

@@ -166,7 +166,9 @@ class RatingEncoder:
             behind = {Content("", "").text[0]}
         else:
             behind = {self._layout.tail(k)[0] for k in range(self.num_prompts)}
-        behind |= {chr(character.encode()[0]) for character in behind}  # its first byte, as byte-level vocabularies write it
+        behind |= {
+            chr(character.encode()[0]) for character in behind
+        }  # its first byte, as byte-level vocabularies write it
         joined = re.compile(f"[\nĊ][{re.escape(''.join(sorted(behind)))}]", re.IGNORECASE)
         return any(joined.search(token) for token in self._tokenizer.get_vocab())
 

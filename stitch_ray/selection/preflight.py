@@ -11,7 +11,7 @@ from stitch_ray.config.base import ModelConfig
 from stitch_ray.config.select import SelectConfig
 from stitch_ray.data import formats, readers
 from stitch_ray.data.corpus import inputs_hash
-from stitch_ray.engines.fingerprint import model_fingerprint, num_parameters
+from stitch_ray.engines.fingerprint import model_fingerprint, model_folder, num_parameters
 from stitch_ray.engines.pretrained import context_length, load_model_config, load_tokenizer, tokenizer_hash
 from stitch_ray.errors import UserError
 from stitch_ray.prompts import load_prompts
@@ -70,6 +70,11 @@ def check(config: SelectConfig) -> Ready:
 
 
 def _check_model(model: ModelConfig, config: SelectConfig, prompts: Sequence[str]) -> ReadyModel:
+    if model_folder(model.path) is None:
+        raise UserError(
+            f"models: {model.path}: no such folder, and no such model in the local Hugging Face cache "
+            f"(hf download {model.path} puts it there)"
+        )
     fingerprint = model_fingerprint(model.path)
     context = context_length(load_model_config(model.path, trust_remote_code=model.trust_remote_code))
     if model.max_tokens and model.max_tokens > context:

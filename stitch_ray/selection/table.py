@@ -109,8 +109,12 @@ def _model_table(paths: Sequence[Path], prompt_hashes: Sequence[str]) -> pa.Tabl
     table = table.set_column(table.schema.get_field_index("prompt"), "prompt", position)
     table = table.filter(pc.is_valid(table["prompt"]))
     table = table.sort_by([("example_id", "ascending"), ("turn", "ascending"), ("prompt", "ascending")])
-    in_place = np.array_equal(table["prompt"].to_numpy(), np.arange(table.num_rows) % len(prompt_hashes))
-    if not in_place or not np.array_equal(_turn_starts(table), np.arange(0, table.num_rows, len(prompt_hashes))):
+    rows = np.arange(table.num_rows)
+    in_place = np.array_equal(table["prompt"].to_numpy(), rows % len(prompt_hashes))
+    whole_turns = len(rows) % len(prompt_hashes) == 0 and np.array_equal(
+        _turn_starts(table), rows[:: len(prompt_hashes)]
+    )
+    if not in_place or not whole_turns:
         raise RuntimeError("the rating files have a (example, turn, prompt) missing or twice")
     return table
 

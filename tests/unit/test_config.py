@@ -132,7 +132,14 @@ def test_overrides_are_applied_after_the_file(write: Write) -> None:
     found = load_config(
         SelectConfig,
         path,
-        ["rating.alpha=0.5", "rating.mode=repo", "models.0.dtype=bfloat16", "data.paths.1=c", "select.count=7", "seed=3"],
+        [
+            "rating.alpha=0.5",
+            "rating.mode=repo",
+            "models.0.dtype=bfloat16",
+            "data.paths.1=c",
+            "select.count=7",
+            "seed=3",
+        ],
     )
     assert (found.rating.alpha, found.rating.mode, found.seed) == (0.5, "repo", 3)
     assert (found.models[0].dtype, found.data.paths, found.select.count) == ("bfloat16", ["a", "c"], 7)

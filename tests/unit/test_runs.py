@@ -183,7 +183,7 @@ def test_a_foreign_manifest_does_not_make_a_folder_ours(tmp_path: Path, text: st
 
 def test_a_broken_manifest_is_refused_with_what_to_do(run: RunFolder) -> None:
     (run.path / MANIFEST).write_text("{")
-    with pytest.raises(UserError, match="cannot be read .* remove the folder"):
+    with pytest.raises(UserError, match=r"cannot be read .* remove the folder"):
         open_run(run.path)
 
 

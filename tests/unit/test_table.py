@@ -143,8 +143,10 @@ def test_models_that_rated_different_examples_are_never_mixed_up(files: Files) -
 
 
 def test_an_example_without_finite_logits_is_bad_as_a_whole_and_the_others_stay_aligned(files: Files) -> None:
-    rows = [row("b", 1, "p1", logits=None) if (r["example_id"], r["turn"], r["prompt_hash"]) == ("b", 1, HASHES[1]) else r
-            for r in all_rows(TURNS)]
+    rows = [
+        row("b", 1, "p1", logits=None) if (r["example_id"], r["turn"], r["prompt_hash"]) == ("b", 1, HASHES[1]) else r
+        for r in all_rows(TURNS)
+    ]
     found = load_ratings([files(rows)], HASHES, RATINGS)
     assert found.bad == {"b": "model m gives logits that are not finite (prompt 1)"}
     assert found.example_ids == ["a", "c", "d"]
@@ -156,8 +158,11 @@ def test_an_example_without_finite_logits_is_bad_as_a_whole_and_the_others_stay_
 
 
 def test_one_model_that_fails_makes_the_example_bad_for_all_and_is_named(files: Files) -> None:
-    n = [row("c", 0, p, "n", logits=None) if r["example_id"] == "c" else r
-         for r in all_rows(TURNS, model="n") for p in [PROMPTS[HASHES.index(r["prompt_hash"])]]]
+    n = [
+        row("c", 0, p, "n", logits=None) if r["example_id"] == "c" else r
+        for r in all_rows(TURNS, model="n")
+        for p in [PROMPTS[HASHES.index(r["prompt_hash"])]]
+    ]
     found = load_ratings([files(all_rows(TURNS)), files(n)], HASHES, RATINGS)
     assert list(found.bad) == ["c"]
     assert "model n" in found.bad["c"]
@@ -189,7 +194,9 @@ def test_the_score_of_a_conversation_is_the_mean_over_its_turns(files: Files) ->
     found = ratings(files)
     scores = score(found, config(), [1.0])
     token, sentence = token_score(found.logits[0]), sentence_score(found.logits[0])
-    np.testing.assert_allclose(scores.sentence[:, 0], [sentence[0], sentence[1:3].mean(), sentence[3], sentence[4:].mean()])
+    np.testing.assert_allclose(
+        scores.sentence[:, 0], [sentence[0], sentence[1:3].mean(), sentence[3], sentence[4:].mean()]
+    )
     np.testing.assert_allclose(scores.token[1, 0], token[1:3].mean(0))
     assert (scores.token.shape, scores.sentence.shape, scores.model.shape) == ((4, 1, 3), (4, 1), (4,))
     np.testing.assert_allclose(scores.model, scores.sentence[:, 0])
@@ -200,13 +207,17 @@ def test_models_are_combined_by_their_sizes_or_by_the_weights_given(files: Files
     sentence = score(found, config(3), [1, 1, 1]).sentence
     np.testing.assert_allclose(score(found, config(3), [1, 2, 7]).model, sentence @ [0.1, 0.2, 0.7])
     np.testing.assert_allclose(score(found, config(3, weights=[1, 0, 2]), [1, 2, 7]).model, sentence @ [1, 0, 2])
-    np.testing.assert_allclose(score(found, config(3, weights="repo"), [1, 1, 1]).model, sentence @ [7 / 20, 13 / 20, 70 / 90])
+    np.testing.assert_allclose(
+        score(found, config(3, weights="repo"), [1, 1, 1]).model, sentence @ [7 / 20, 13 / 20, 70 / 90]
+    )
 
 
 def test_alpha_and_mode_reach_the_scores(files: Files) -> None:
     found = ratings(files)
     plain, costly = (score(found, config(alpha=alpha), [1.0]).sentence for alpha in (0.0, 5.0))
     assert (costly < plain).all()
-    three = load_ratings([files(all_rows(TURNS, [*PROMPTS, "p3", "p4"]))], [*HASHES, *map(content_hash, ("p3", "p4"))], 5)
+    three = load_ratings(
+        [files(all_rows(TURNS, [*PROMPTS, "p3", "p4"]))], [*HASHES, *map(content_hash, ("p3", "p4"))], 5
+    )
     repo = score(three, config(mode="repo"), [1.0])
     np.testing.assert_allclose(repo.token[0, 0], token_score(three.logits[0, 0], "repo"))
