@@ -16,8 +16,8 @@ from stitch_ray.data.quarantine import Quarantined
 from stitch_ray.report import figures
 from stitch_ray.report.html import percent
 from stitch_ray.report.selection import write_report
-from stitch_ray.selection.agreement import rank_correlations
 from stitch_ray.runs import RunFolder
+from stitch_ray.selection.agreement import rank_correlations
 from stitch_ray.selection.bodies import EncoderSpec
 from stitch_ray.selection.preflight import Ready, ReadyModel
 from stitch_ray.selection.results import write_results
