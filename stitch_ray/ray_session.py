@@ -62,13 +62,6 @@ def _configure_data() -> None:
     context.print_on_execution_start = False
 
 
-def worker_error(error: BaseException) -> BaseException:
-    """What a worker raised, out of Ray's wrappers, whose text ends with advice about Ray and not with the reason."""
-    while (inner := getattr(error, "cause", None) or error.__cause__) is not None:
-        error = inner
-    return error
-
-
 def require(needed: Mapping[str, float], what: str) -> None:
     """Refuse with the numbers, in place of waiting for ever, if the cluster in total has less than `needed`."""
     import ray

@@ -216,13 +216,12 @@ def _rate_pending(job: RatingJob, pending: Sequence[Batch], total: int, progress
         num_gpus=model.num_gpus or None,
     )
     stats: list[dict[str, Any]] = []
-    try:
-        for row in dataset.iter_rows():
-            stats.append(row)
-            done += int(row["rows"])
-            progress(Step(stage=stage, done=done, total=total, tokens=sum(int(stat["tokens"]) for stat in stats)))
-    except Exception as error:
-        raise ray_session.worker_error(error) from error
+    for row in dataset.iter_rows():
+        if row["error"]:
+            raise RuntimeError(row["error"])
+        stats.append(row)
+        done += int(row["rows"])
+        progress(Step(stage=stage, done=done, total=total, tokens=sum(int(stat["tokens"]) for stat in stats)))
     return stats
 
 

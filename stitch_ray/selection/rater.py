@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import time
@@ -24,6 +25,8 @@ from stitch_ray.selection.bodies import BodyReader, EncoderSpec
 from stitch_ray.selection.encode import EncodedBody, RatingEncoder
 from stitch_ray.selection.plan import Item
 from stitch_ray.selection.prompt_sets import PromptSet
+
+log = logging.getLogger(__name__)
 
 _MOST_ATTEMPTS = 3
 
@@ -68,11 +71,25 @@ class Rater:
         self._reader = BodyReader(job.bodies, job.corpus_files)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        done = [self._rate(int(number), items) for number, items in zip(batch["batch_id"], batch["items"], strict=True)]
+        done = [
+            self._report(int(number), items) for number, items in zip(batch["batch_id"], batch["items"], strict=True)
+        ]
         return {key: np.array([row[key] for row in done]) for key in done[0]}
 
-    def _rate(self, batch_id: int, packed: bytes) -> dict[str, Any]:
+    def _report(self, batch_id: int, packed: bytes) -> dict[str, Any]:
+        """What rating the batch cost, or why it failed: Ray Data wraps what a worker raises and loses the reason."""
         started = time.time()
+        try:
+            return {**self._rate(batch_id, packed, started), "error": ""}
+        except Exception as error:
+            log.exception("batch %d", batch_id)
+            cost = self._cost(batch_id, 0, 0, 0, started)
+            return {
+                **cost,
+                "error": f"batch {batch_id} of model {self._job.model.name}: {str(error) or type(error).__name__}",
+            }
+
+    def _rate(self, batch_id: int, packed: bytes, started: float) -> dict[str, Any]:
         items = unpack_items(packed)
         target = self._job.rating_file(batch_id)
         sequences = tokens = 0
@@ -81,14 +98,17 @@ class Rater:
             bodies = [self._reader.turns(item.file, item.row) for item in items]
             flat = [body for turns in bodies for body in turns]
             if self._job.call_log:
-                with open(self._job.call_log, "a", encoding="utf-8") as log:
-                    log.write(f"{self._job.model.name}\t{batch_id}\t{sum(len(item.example_ids) for item in items)}\n")
+                with open(self._job.call_log, "a", encoding="utf-8") as audit:
+                    audit.write(f"{self._job.model.name}\t{batch_id}\t{sum(len(item.example_ids) for item in items)}\n")
             logits, lengths = rate_bodies(self._engine, self._encoder, flat)
             write_ratings(target, self._job, items, bodies, logits, lengths)
             sequences, tokens = lengths.size, int(lengths.sum())
+        return self._cost(batch_id, sum(len(item.example_ids) for item in items), sequences, tokens, started)
+
+    def _cost(self, batch_id: int, rows: int, sequences: int, tokens: int, started: float) -> dict[str, Any]:
         return {
             "batch_id": batch_id,
-            "rows": sum(len(item.example_ids) for item in items),
+            "rows": rows,
             "sequences": sequences,
             "tokens": tokens,
             "started": started,
@@ -105,8 +125,8 @@ class Rater:
             attempts = file.tell()
         if attempts > _MOST_ATTEMPTS:
             raise RuntimeError(
-                f"batch {batch_id} of model {self._job.model.name} took its worker down {_MOST_ATTEMPTS} times "
-                "(out of memory?); lower models[].batch_tokens or max_tokens"
+                f"took its worker down {_MOST_ATTEMPTS} times (out of memory?); "
+                "lower models[].batch_tokens or max_tokens"
             )
 
 

@@ -172,7 +172,7 @@ def test_batch_that_kills_its_actor_every_time_ends_the_run_with_its_number(
     code, errors = command.finish()
     assert killed == 3
     assert code == 1, errors
-    assert "batch 11 of model model took its worker down 3 times" in errors
+    assert "batch 11 of model model: took its worker down 3 times" in errors
     assert "Traceback" not in errors
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["status"] == "failed"
