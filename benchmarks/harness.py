@@ -71,7 +71,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def publish(name: str, title: str, sections: Mapping[str, str], facts: Mapping[str, Any], command: str) -> None:
-    """Print the tables and write `results/<name>.md` and `.json`."""
+    """Print the newest table and write them all to `results/<name>.md` and `.json`."""
     date = datetime.date.today().isoformat()
     where = machine()
     head = [
@@ -86,6 +86,6 @@ def publish(name: str, title: str, sections: Mapping[str, str], facts: Mapping[s
     ]
     body = [part for heading, text in sections.items() for part in (f"## {heading}", "", text, "")]
     text = "\n".join(head + body)
-    print(text)
+    print(list(sections.values())[-1], flush=True)
     write_text(RESULTS / f"{name}.md", text)
     write_text(RESULTS / f"{name}.json", json.dumps({"date": date, "machine": where, **facts}, indent=1) + "\n")

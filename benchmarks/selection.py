@@ -308,11 +308,11 @@ def through_vllm(folder: Path, rows: Sequence[Content], layout: Layout) -> tuple
         def after(row: dict[str, Any]) -> dict[str, Any]:
             found = row["logprobs"][0]
             values = [found.get(str(token), found.get(token))["logprob"] for token in ids]
-            return {"body": row["body"], "prompt": row["prompt"], "logits": values, "at": time.time()}
+            return {"body": row["body"], "k": row["k"], "logits": values, "at": time.time()}
 
         processor = build_processor(config, preprocess=before, postprocess=after)
         items = [
-            {"body": b, "prompt": k, "ids": list(batch.sequence(b, k))}
+            {"body": b, "k": k, "ids": list(batch.sequence(b, k))}
             for b in range(len(batch.bodies))
             for k in range(batch.num_prompts)
         ]
@@ -323,7 +323,7 @@ def through_vllm(folder: Path, rows: Sequence[Content], layout: Layout) -> tuple
     first = sum(row["at"] - min(r["at"] for r in got) < 1e-3 for row in got)
     logits = np.empty_like(reference)
     for row in got:
-        logits[row["body"], row["prompt"]] = row["logits"]
+        logits[row["body"], row["k"]] = row["logits"]
     worst = np.abs(_log_softmax(logits) - _log_softmax(reference)).max()
     steady_rate = (len(got) - first) / steady if steady else float("nan")
     lines = [
@@ -366,28 +366,29 @@ def main(
     examples = corpus(data or [], max(1000, rows, ray_rows, vllm_rows))  # the tokenizer is trained on all of them
     texts = tuple(load_prompts(str(prompts) if prompts else None, "rating.txt", RATINGS))
     every = list({c.text: c for e in examples for c in contents(e.messages, e.context)}.values())
-    sections, facts = {}, {}
+    sections: dict[str, str] = {}
+    facts: dict[str, Any] = {}
+    command = f"python -m benchmarks.selection --rows {rows} --ray-rows {ray_rows} --vllm-rows {vllm_rows}"
+    command += " --data FILE --prompts FILE" if data else ""
+
+    def done(section: str, result: tuple[str, dict[str, Any]]) -> None:
+        """Publish what there is: a later part that fails must not take the earlier ones along."""
+        sections[section], facts[section] = result
+        publish(name, "Rating instruction data", sections, facts, command)
+
     with scratch() as folder:
-        make_model(folder / "model", examples)
-        picked = every[:rows]
-        sections["Engines"], facts["engines"] = engines(folder / "model", picked, texts, repeats)
-        sections["Arithmetic floor"], facts["floor"] = floor(folder / "model", picked, texts)
+        model = folder / "model"
+        make_model(model, examples)
+        done("Engines", engines(model, every[:rows], texts, repeats))
+        done("Arithmetic floor", floor(model, every[:rows], texts))
         prompts_file = folder / "prompts.txt"
         prompts_file.write_text("\n".join(texts), encoding="utf-8")
         if ray_rows:
             file = folder / "data.jsonl"
             write_questions(file, every[:ray_rows])
-            layout = Layout("content_first", texts)
-            sections["Ray Data"], facts["ray"] = through_ray(
-                folder / "model", file, every[:ray_rows], prompts_file, layout
-            )
-        if vllm_rows:
-            for layout_name in ("prompt_first", "content_first"):
-                layout = Layout(layout_name, texts)
-                section = f"vLLM, {layout_name}"
-                sections[section], facts[section] = through_vllm(folder / "model", every[:vllm_rows], layout)
-    command = f"python -m benchmarks.selection --rows {rows} --ray-rows {ray_rows} --vllm-rows {vllm_rows}"
-    publish(name, "Rating instruction data", sections, facts, command + (" --data FILE --prompts FILE" if data else ""))
+            done("Ray Data", through_ray(model, file, every[:ray_rows], prompts_file, Layout("content_first", texts)))
+        for layout in ("prompt_first", "content_first") if vllm_rows else ():
+            done(f"vLLM, {layout}", through_vllm(model, every[:vllm_rows], Layout(layout, texts)))
 
 
 def write_questions(file: Path, rows: Sequence[Content]) -> None:

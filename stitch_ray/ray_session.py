@@ -6,7 +6,7 @@ import logging
 import os
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -75,35 +75,32 @@ def require(needed: Mapping[str, float], what: str) -> None:
         raise UserError(f"{what} needs {listed}. Lower replicas, num_threads or num_gpus, or use a larger cluster")
 
 
-def require_shared(paths: Mapping[str, Path]) -> None:
-    """Every node must see the same folders: writes a token below each path and reads it on every other node."""
+def require_shared(out: Path, inputs: Sequence[str]) -> None:
+    """Every node must see `out` and the local `inputs`: a token written below `out` is looked for on each of them."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    nodes = [node for node in ray.nodes() if node["Alive"]]
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
     if len(nodes) < 2:
         return
 
     @ray.remote(num_cpus=0)
-    def sees(path: str) -> bool:
-        return Path(path).exists()
+    def missing(paths: list[str]) -> tuple[str, list[str]]:
+        return ray.util.get_node_ip_address(), [path for path in paths if not Path(path).exists()]
 
-    for name, folder in paths.items():
-        existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
-        token = existing / f".stitch-ray-{uuid.uuid4().hex}"
-        try:
-            token.touch()
-        except OSError as error:
-            raise UserError(f"{name} {folder}: cannot write to {existing}: {error.strerror}") from error
-        try:
-            refs = {
-                node["NodeManagerAddress"]: sees.options(
-                    scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-                ).remote(str(token))
-                for node in nodes
-            }
-            blind = [host for host, ref in refs.items() if not ray.get(ref, timeout=60)]
-        finally:
-            token.unlink(missing_ok=True)
-        if blind:
-            raise UserError(f"{name} {folder} is not visible on {', '.join(blind)}; use storage that all nodes share")
+    below = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.is_dir())
+    token = below / f".stitch-ray-{uuid.uuid4().hex}"
+    wanted = [str(token), *(os.path.abspath(path) for path in inputs if Path(path).exists())]
+    try:
+        token.touch()
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot write to {below}: {error.strerror}") from error
+    try:
+        pinned = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
+        found = ray.get([missing.options(scheduling_strategy=on).remote(wanted) for on in pinned], timeout=60)
+    finally:
+        token.unlink(missing_ok=True)
+    for host, paths in found:
+        if paths:
+            named = ", ".join(f"--out {out}" if path == str(token) else path for path in paths)
+            raise UserError(f"node {host} does not see {named}; use storage that all nodes share")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import yaml
 
@@ -57,6 +58,23 @@ def fresh_folder(path: Path) -> Path:
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
     return path
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove the temporary files of writers that were killed. Only for who holds the folder's lock."""
+    for temporary in path.rglob(".*.tmp"):
+        if temporary.is_file():
+            temporary.unlink(missing_ok=True)
+
+
+def _lock(path: Path) -> IO[str]:
+    stream = (path / ".lock").open("w", encoding="utf-8")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        stream.close()
+        raise UserError(f"{path} is in use by another command; wait for it or choose another --out") from error
+    return stream
 
 
 def check_writable(path: Path) -> None:
@@ -109,6 +127,8 @@ class RunFolder:
     started: float = field(default_factory=time.monotonic)
     disposable: bool = False
     """Made by this run and without results yet: a UserError removes it. The job sets False before its first result."""
+    lock: IO[str] | None = None
+    """Held while a command works in the folder; the system releases it when the process ends, however it ends."""
 
     @classmethod
     def open(
@@ -121,6 +141,7 @@ class RunFolder:
         """
         path = Path(path)
         previous = cls._previous(path, job)
+        lock = _lock(path) if previous else None
         if previous and not overwrite:
             different = work_differences(previous.get("work", {}), work)
             if different:
@@ -135,7 +156,8 @@ class RunFolder:
             raise UserError(f"{path} exists and is not a run folder of this tool. Choose another --out")
         try:
             path.mkdir(parents=True, exist_ok=True)
-            folder = cls(path, job, work, disposable=previous is None)
+            folder = cls(path, job, work, disposable=previous is None, lock=lock if previous else _lock(path))
+            remove_leftovers(path)
             folder.manifest = {
                 "job": job,
                 "status": "running",
@@ -184,14 +206,23 @@ class RunFolder:
             )
         self.manifest.update(status="done", seconds=round(time.monotonic() - self.started, 3))
         self.save()
+        self.release()
 
     def fail(self, error: BaseException) -> None:
         if self.disposable and isinstance(error, UserError):
             shutil.rmtree(self.path, ignore_errors=True)
+            self.release()
             return
         self.manifest.update(status="failed", error=f"{type(error).__name__}: {error}"[:2000])
         self.manifest["seconds"] = round(time.monotonic() - self.started, 3)
         self.save()
+        self.release()
+
+    def release(self) -> None:
+        """Let another command work in the folder."""
+        if self.lock is not None:
+            self.lock.close()
+            self.lock = None
 
     def write_quarantine(self, rows: Iterable[Quarantined]) -> int:
         """Write `quarantine.jsonl`, ordered by source and line; no file if there are no rows. Returns their number."""

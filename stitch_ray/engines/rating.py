@@ -261,6 +261,7 @@ class CachedRater:
         self._budget = token_budget
         self._takes_positions = _accepts(model, "position_ids")
         self._heads: dict[Ids, Any] = {}
+        self.trimmed = self._find_positionwise()
 
     def rate(self, batch: RatingBatch) -> Logits:
         out = _empty(batch)
@@ -274,6 +275,22 @@ class CachedRater:
                     for group in groups:
                         self._rate_prompt(batch, prompt, group, out)
         return out
+
+    def _find_positionwise(self) -> dict[str, nn.Module]:
+        """What runs behind the last module that calls itself an attention."""
+        computed: list[nn.Module] = []
+        attentions = [module for module in self._model.modules() if "attention" in type(module).__name__.lower()]
+        handles = [module.register_forward_hook(lambda m, _i, _o: computed.append(m)) for module in attentions]
+
+        def forward() -> None:
+            with torch.inference_mode():
+                self._model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=self._model.device), use_cache=False)
+
+        try:
+            return find_positionwise(self._model, forward, lambda: computed[-1] if computed else None)
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _groups(self, lengths: Sequence[int]) -> Iterator[list[int]]:
         """Bodies by length, shortest first; a group, padded to its longest, stays within the token budget."""
@@ -310,17 +327,26 @@ class CachedRater:
     def _last_logits(self, rows: Sequence[Ids], cache: Any, before: Tensor) -> Logits:
         """Logits behind the last token of every row; `before` masks what the cache holds."""
         ids, mask = _pad(rows)
-        logits = self._forward(ids, torch.cat((before, mask), 1), cache).logits
-        return logits[torch.arange(len(rows)), mask.sum(1) - 1].float().cpu().numpy()
+        ends = mask.sum(1) - 1
+        logits = self._forward(ids, torch.cat((before, mask), 1), cache, ends).logits
+        return logits[torch.arange(len(rows)), ends].float().cpu().numpy()
 
-    def _forward(self, ids: Tensor, mask: Tensor, cache: Any) -> Any:
+    def _forward(self, ids: Tensor, mask: Tensor, cache: Any, ends: Tensor | None = None) -> Any:
+        """One forward. Behind the last attention only position `ends` of every row is computed; default: the last."""
         device = self._model.device
+        rows, width = ids.shape
+        wanted = torch.arange(rows) * width + (width - 1 if ends is None else ends)
         positions = {}
         if self._takes_positions:
             positions["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :].to(device)
-        return self._model(
-            input_ids=ids.to(device), attention_mask=mask.to(device), past_key_values=cache, use_cache=True, **positions
-        )
+        with only_at(list(self.trimmed.values()), wanted.to(device)):
+            return self._model(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                past_key_values=cache,
+                use_cache=True,
+                **positions,
+            )
 
 
 def _pad(rows: Sequence[Ids], *, left: bool = False) -> tuple[Tensor, Tensor]:

@@ -77,8 +77,13 @@ class _GatherScatter:
         if not inputs or not isinstance(inputs[0], Tensor):
             self._shape = None
             return None
-        self._shape = inputs[0].shape[:-1]
-        return (inputs[0].flatten(0, -2)[self._positions][None], *inputs[1:])
+        shape = self._shape = inputs[0].shape[:-1]
+        return tuple(  # some MLPs (Bloom, MPT) take the residual along
+            value.flatten(0, -2)[self._positions][None]
+            if isinstance(value, Tensor) and value.shape[:-1] == shape
+            else value
+            for value in inputs
+        )
 
     def scatter(self, _module: nn.Module, _inputs: Any, output: Any) -> Any:
         if self._shape is None:

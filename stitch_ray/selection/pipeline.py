@@ -96,7 +96,7 @@ def check_cluster(ready: Ready, path: Path) -> None:
         if config.num_gpus:
             needed["GPU"] = config.replicas * config.num_gpus
         ray_session.require(needed, f"model {config.name} with replicas: {config.replicas}")
-    ray_session.require_shared({"--out": path})
+    ray_session.require_shared(path, [*ready.sources, *(model.config.path for model in ready.models)])
 
 
 def _read_corpus(ready: Ready, path: Path, progress: Progress) -> Corpus:

@@ -340,24 +340,18 @@ def test_without_vllm_the_extra_is_named(tiny: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.ray
-def test_a_killed_actor_leaves_no_process_behind(tiny: Path, engine: VllmEngine) -> None:
-    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
-    try:
-        actor = (
-            ray.remote(VllmEngine)
-            .options(num_cpus=1)
-            .remote(str(tiny), name="tiny", dtype="float32", max_tokens=MAX_CONTEXT, engine_kwargs=FAST_START)
-        )
-        batch = rating_batch("content_first")
-        np.testing.assert_allclose(ray.get(actor.rate.remote(batch)), engine.rate(batch), atol=1e-4)
-        pid, threads = ray.get(
-            actor.__ray_call__.remote(lambda _: (os.getpid(), __import__("torch").get_num_threads()))
-        )
-        assert threads == 1  # as many as the actor has CPUs
-        process = psutil.Process(pid)
-        processes = [process, *process.children(recursive=True)]
-        os.kill(pid, signal.SIGKILL)
-        _, alive = psutil.wait_procs(processes, timeout=10)
-        assert not alive
-    finally:
-        ray.shutdown()
+def test_a_killed_actor_leaves_no_process_behind(tiny: Path, engine: VllmEngine, ray_cluster: Any) -> None:
+    actor = (
+        ray.remote(VllmEngine)
+        .options(num_cpus=1)
+        .remote(str(tiny), name="tiny", dtype="float32", max_tokens=MAX_CONTEXT, engine_kwargs=FAST_START)
+    )
+    batch = rating_batch("content_first")
+    np.testing.assert_allclose(ray.get(actor.rate.remote(batch)), engine.rate(batch), atol=1e-4)
+    pid, threads = ray.get(actor.__ray_call__.remote(lambda _: (os.getpid(), __import__("torch").get_num_threads())))
+    assert threads == 1  # as many as the actor has CPUs
+    process = psutil.Process(pid)
+    processes = [process, *process.children(recursive=True)]
+    os.kill(pid, signal.SIGKILL)
+    _, alive = psutil.wait_procs(processes, timeout=10)
+    assert not alive

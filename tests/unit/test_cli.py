@@ -175,16 +175,16 @@ def test_a_wrong_configuration_is_exit_2_and_leaves_no_folder(
     assert os.listdir() == ["c.yaml"]
 
 
-def test_limit_and_set_override_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limit_and_set_override_the_file(
+    tmp_path: Path, corpus_file: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("c.yaml").write_text("data: {paths: [a.json]}\nmodels: [{path: m}]\n")
-    seen: list[Any] = []
-    monkeypatch.setattr("jobs.select.check", seen.append)
-    monkeypatch.setattr("jobs.select.estimate", lambda ready: ready)
-    monkeypatch.setattr("jobs.select.describe", lambda found: "the plan")
-    result = invoke("select", "c.yaml", "--dry-run", "--limit", 7, "--set", "seed=3", "--set", "rating.alpha=0.5")
-    assert (result.exit_code, result.stdout) == (0, "the plan\n")
-    assert (seen[0].data.limit, seen[0].seed, seen[0].rating.alpha) == (7, 3, 0.5)
+    Path("c.yaml").write_text(f"data: {{paths: [{corpus_file}]}}\nmodels: [{{path: {tiny_model}}}]\n")
+    result = invoke("select", "c.yaml", "--dry-run", "--limit", 7, "--set", "rating.num_prompts=3")
+    assert result.exit_code == 0
+    assert "read   7 rows" in result.stdout
+    assert ": 21 sequences" in result.stdout
+    assert os.listdir(tmp_path) == ["c.yaml"]
 
 
 # clean

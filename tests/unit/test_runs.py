@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,9 @@ def snapshot(path: Path) -> dict[str, bytes]:
 
 
 def open_run(path: Path, work: dict[str, Any] = WORK, *, job: str = "select", overwrite: bool = False) -> RunFolder:
-    return RunFolder.open(path, job, {"seed": 0}, work, overwrite=overwrite)
+    folder = RunFolder.open(path, job, {"seed": 0}, work, overwrite=overwrite)
+    folder.release()
+    return folder
 
 
 @pytest.fixture
@@ -201,7 +205,7 @@ def test_overwrite_starts_over_with_other_work(run: RunFolder) -> None:
     again = open_run(run.path, other, overwrite=True)
     assert manifest(run.path)["work"] == other
     assert again.manifest["created"] != "2020-01-01T00:00:00+0000"
-    assert sorted(os.listdir(run.path)) == ["config.yaml", MANIFEST]
+    assert sorted(os.listdir(run.path)) == [".lock", "config.yaml", MANIFEST]
 
 
 # The end of a run
@@ -275,3 +279,33 @@ def test_a_folder_that_refuses_writes_is_named(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("stitch_ray.runs.tempfile.TemporaryFile", refuse)  # root may write anywhere
     with pytest.raises(UserError, match=f"cannot write to {tmp_path}: Permission denied"):
         check_writable(tmp_path / "run")
+
+
+# One command at a time
+
+
+def test_second_command_in_the_same_folder_is_refused_until_the_first_ends(tmp_path: Path) -> None:
+    first = RunFolder.open(tmp_path / "run", "select", {}, {"a": 1})
+    with pytest.raises(UserError, match="in use by another command"):
+        RunFolder.open(tmp_path / "run", "select", {}, {"a": 1})
+    first.fail(RuntimeError("stopped"))
+    RunFolder.open(tmp_path / "run", "select", {}, {"a": 1}).release()
+
+
+def test_lock_of_a_killed_process_does_not_stay(tmp_path: Path) -> None:
+    code = (
+        "import os, signal; from pathlib import Path; from stitch_ray.runs import RunFolder; "
+        f"folder = RunFolder.open(Path({str(tmp_path / 'run')!r}), 'select', {{}}, {{}}); "
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    RunFolder.open(tmp_path / "run", "select", {}, {}).release()
+
+
+def test_temporary_files_of_killed_writers_are_removed_on_resume(tmp_path: Path) -> None:
+    RunFolder.open(tmp_path / "run", "select", {}, {}).release()
+    leftover = tmp_path / "run" / "ratings" / ".model.0.parquet.123.456.tmp"
+    leftover.parent.mkdir()
+    leftover.write_bytes(b"half")
+    RunFolder.open(tmp_path / "run", "select", {}, {}).release()
+    assert not leftover.exists()
