@@ -68,7 +68,7 @@ def remove_leftovers(path: Path) -> None:
 
 
 def _lock(path: Path) -> IO[str]:
-    stream = (path / ".lock").open("w", encoding="utf-8")
+    stream = (path / ".lock").open("a", encoding="utf-8")  # "w" would touch a folder that is then refused
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
