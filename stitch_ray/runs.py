@@ -142,21 +142,22 @@ class RunFolder:
         path = Path(path)
         previous = cls._previous(path, job)
         lock = _lock(path) if previous else None
-        if previous and not overwrite:
+        if previous and lock and not overwrite:
             different = work_differences(previous.get("work", {}), work)
             if different:
+                lock.close()
                 raise UserError(
                     f"{path} holds results made with other settings ({', '.join(different)}). "
                     "Choose another --out, or --overwrite to start over"
                 )
         elif overwrite and previous:
             shutil.rmtree(path)
-            previous = None
+            previous = lock = None
         elif path.exists() and not previous and any(path.iterdir()):
             raise UserError(f"{path} exists and is not a run folder of this tool. Choose another --out")
         try:
             path.mkdir(parents=True, exist_ok=True)
-            folder = cls(path, job, work, disposable=previous is None, lock=lock if previous else _lock(path))
+            folder = cls(path, job, work, disposable=previous is None, lock=lock or _lock(path))
             remove_leftovers(path)
             folder.manifest = {
                 "job": job,
