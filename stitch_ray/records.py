@@ -57,10 +57,10 @@ class Example:
 
 MESSAGES_TYPE = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
-EXAMPLE_SCHEMA = pa.schema(
+CORPUS_SCHEMA = pa.schema(
     [
-        ("example_id", pa.string()),
         ("content_id", pa.string()),
+        ("own_id", pa.string()),
         ("group_id", pa.string()),
         ("task", pa.string()),
         ("messages", MESSAGES_TYPE),

@@ -22,23 +22,9 @@ from stitch_ray.config.base import DataConfig
 from stitch_ray.data import formats, readers
 from stitch_ray.data.quarantine import BadRow, Quarantined
 from stitch_ray.errors import UserError
-from stitch_ray.records import MESSAGES_TYPE, Example, Turn
+from stitch_ray.records import CORPUS_SCHEMA, Example, Turn
 from stitch_ray.runs import write_json, write_text
 
-CORPUS_SCHEMA = pa.schema(
-    [
-        ("content_id", pa.string()),
-        ("own_id", pa.string()),
-        ("group_id", pa.string()),
-        ("task", pa.string()),
-        ("messages", MESSAGES_TYPE),
-        ("context", pa.string()),
-        ("references", pa.list_(pa.string())),
-        ("source", pa.string()),
-        ("line", pa.int64()),
-        ("raw", pa.string()),
-    ]
-)
 _ROWS_A_BLOCK = 1024
 _MARKER = "corpus.json"
 

@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from stitch_ray.config.select import SelectConfig
-from stitch_ray.data.corpus import CORPUS_SCHEMA, Corpus
+from stitch_ray.data.corpus import Corpus
 from stitch_ray.data.quarantine import Quarantined
+from stitch_ray.records import CORPUS_SCHEMA
 from stitch_ray.report import figures
 from stitch_ray.report.html import percent
 from stitch_ray.report.selection import write_report
