@@ -1,6 +1,6 @@
 """The same ratings through both engines, on every row: largest difference and rank agreement.
 
-    python -m benchmarks.engine_parity --model FOLDER --data FILE
+    python -m benchmarks.engine_parity [--model FOLDER] [--data FILE]
 
 Needs the vLLM extra. Both engines run in this process, one after the other, in float32.
 """
@@ -8,17 +8,19 @@ Needs the vLLM extra. Both engines run in this process, one after the other, in 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Annotated
 
 import numpy as np
 import typer
 
 from benchmarks.harness import publish, table
-from benchmarks.selection import corpus
+from benchmarks.selection import corpus, make_model, scratch
 from stitch_ray.config.base import ModelConfig
 from stitch_ray.engines.pretrained import context_length, load_model_config, load_tokenizer
 from stitch_ray.engines.registry import load_engine
 from stitch_ray.prompts import load_prompts
+from stitch_ray.records import Example
 from stitch_ray.selection.agreement import spearman
 from stitch_ray.selection.encode import RatingEncoder
 from stitch_ray.selection.layout import Layout, contents
@@ -27,13 +29,24 @@ from stitch_ray.selection.scores import sentence_score
 
 
 def main(
-    model: Annotated[str, typer.Option(help="model folder")],
-    data: Annotated[list[str], typer.Option(help="instruction data")],
+    model: Annotated[str | None, typer.Option(help="model folder; default: the random Llama of the benchmarks")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="instruction data; default: a made corpus")] = None,
     rows: Annotated[int, typer.Option(help="most rows")] = 1000,
     name: Annotated[str, typer.Option(help="name of the result files")] = "engine-parity-cpu",
 ) -> None:
     """Compare the engines on this machine."""
-    every = [content for example in corpus(data, rows) for content in contents(example.messages, example.context)]
+    examples = corpus(data or [], rows)
+    if model is None:
+        with scratch() as folder:
+            make_model(folder / "model", examples)
+            compare(str(folder / "model"), examples, name)
+    else:
+        compare(model, examples, name)
+
+
+def compare(model: str, examples: Sequence[Example], name: str) -> None:
+    """Rate `examples` with both engines and publish how far they agree."""
+    every = [content for example in examples for content in contents(example.messages, example.context)]
     prompts = tuple(load_prompts(None, "rating.txt", 5))
     context = context_length(load_model_config(model))
     found, seconds = {}, {}
