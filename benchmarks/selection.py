@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.harness import interleave, matmul_rate, median, publish, table
 from stitch_ray.api import as_config
+from stitch_ray.config import SelectConfig
 from stitch_ray.data import formats, readers
 from stitch_ray.data.quarantine import BadRow
 from stitch_ray.data.synthetic import instruction_corpus
@@ -222,7 +223,7 @@ def through_ray(
     folder: Path, data: Path, rows: Sequence[Content], prompts_file: Path, layout: Layout
 ) -> tuple[str, dict[str, Any]]:
     """The plain loop against `select` on Ray Data with one actor of two threads and two actors of one."""
-    from stitch_ray.api import run_select
+    from stitch_ray.api import run_job
 
     lines, facts = [], {}
     ours = Ours(folder, layout, "float32")
@@ -241,11 +242,12 @@ def through_ray(
                 "data": {"paths": [str(data)], "max_bad_fraction": 1},
                 "models": [model],
                 "rating": {"layout": layout.name, "prompts": str(prompts_file)},
-            }
+            },
+            SelectConfig,
         )
         with scratch() as out, session(num_cpus=4):
             started = time.perf_counter()
-            summary = run_select(config, out / "run")
+            summary = run_job("select", config, out / "run")
             whole = time.perf_counter() - started
         used = summary.facts["rating"][0]
         steady = used["steady_seconds"]

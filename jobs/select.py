@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from stitch_ray.api import run_select
+from stitch_ray.api import run_job
 from stitch_ray.config import SelectConfig, load_config
 from stitch_ray.console import Address, Config, Limit, Out, Overwrite, Set, exits, progress_bar
 
@@ -32,7 +32,7 @@ def select(
         print(describe(estimate(check(settings))))
         return
     with progress_bar() as progress:
-        summary = run_select(settings, out, address=address, overwrite=overwrite, progress=progress)
+        summary = run_job("select", settings, out, address=address, overwrite=overwrite, progress=progress)
     print(summary.line)
 
 

@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 import yaml
 
-from stitch_ray.config import SelectConfig, load_config
+from stitch_ray.api import check, default_folder
+from stitch_ray.config import CONFIGS, load_config
 from stitch_ray.config.loading import absolute_paths
 from stitch_ray.console import Config, Out, Overwrite, Set, exits
 from stitch_ray.errors import UserError
@@ -18,7 +19,7 @@ from stitch_ray.errors import UserError
 
 @exits
 def submit(
-    job: Annotated[str, typer.Argument(help="job to run: select", metavar="JOB", show_default=False)],
+    job: Annotated[str, typer.Argument(help=f"job to run: {', '.join(CONFIGS)}", metavar="JOB", show_default=False)],
     config: Config,
     address: Annotated[str, typer.Option("--address", help="dashboard of the cluster, http://HEAD:8265")],
     set_: Set = None,
@@ -27,14 +28,13 @@ def submit(
     follow: Annotated[bool, typer.Option("--follow", help="print the job's log and exit with its code")] = False,
 ) -> None:
     """Send a job to a running cluster; sending it again attaches to it. Inputs and --out must be on shared storage."""
-    if job != "select":
-        raise UserError(f"unknown job {job!r}; known: select")
-    settings = load_config(SelectConfig, config, set_ or [])
-    from stitch_ray.selection.preflight import check  # torch and Ray load only where they are needed
-    from stitch_ray.submission import submit as send
+    if job not in CONFIGS:
+        raise UserError(f"unknown job {job!r}; known: {', '.join(CONFIGS)}")
+    settings = load_config(CONFIGS[job], config, set_ or [])
+    from stitch_ray.submission import submit as send  # Ray loads only where it is needed
 
-    ready = check(settings)
-    folder = (out or Path("runs") / f"{job}-{ready.work_hash[:8]}").absolute()
+    ready = check(job, settings)
+    folder = (out or default_folder(job, ready)).absolute()
     with tempfile.TemporaryDirectory() as scratch:
         travelling = Path(scratch) / "config.yaml"
         travelling.write_text(yaml.safe_dump(absolute_paths(settings, Path.cwd()), sort_keys=False), encoding="utf-8")

@@ -1,15 +1,16 @@
 """stitch_ray: select data, fine-tune and serve LLMs on Ray, and know when an answer can be trusted.
 
-from stitch_ray import select
-folder = select({"data": {"paths": ["corpus.json"]}, "models": [{"path": "some/model"}]})
+from stitch_ray import finetune, select
+chosen = select({"data": {"paths": ["corpus.json"]}, "models": [{"path": "some/model"}]}) / "selected.jsonl"
+trained = finetune({"model": {"path": "some/model"}, "tasks": [{"name": "chat", "data": str(chosen)}]}) / "model"
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stitch_ray.api import select
+    from stitch_ray.api import finetune, select
 
-__all__ = ["select"]
+__all__ = ["finetune", "select"]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
+from stitch_ray.config import CONFIGS
+from stitch_ray.config.base import Strict
+from stitch_ray.config.finetune import FinetuneConfig
 from stitch_ray.config.loading import load_config, validate
 from stitch_ray.config.select import SelectConfig
 from stitch_ray.runs import Progress, RunFolder, Summary, check_writable
 
 RUNS = Path("runs")
+
+_AREAS = {"select": "selection", "finetune": "training"}
+"""Job -> the package with its `preflight.check` and its `pipeline.check_cluster` and `pipeline.run`."""
+
+_Config = TypeVar("_Config", bound=Strict)
+
+
+class Ready(Protocol):
+    """A configuration that was checked against the files it names."""
+
+    @property
+    def work(self) -> dict[str, Any]: ...
+    @property
+    def work_hash(self) -> str: ...
 
 
 def select(
@@ -26,40 +44,73 @@ def select(
     same call resumes. `address` is a Ray address; default: RAY_ADDRESS, else a Ray session that is open, else a local
     one for the life of the call. Raises `stitch_ray.errors.UserError` for what only the caller can change.
     """
-    return run_select(as_config(config), Path(out) if out else None, address=address, overwrite=overwrite).folder
+    return run_job("select", as_config(config, SelectConfig), out, address=address, overwrite=overwrite).folder
 
 
-def as_config(config: SelectConfig | Mapping[str, Any] | Path | str) -> SelectConfig:
-    """A validated configuration from any of the forms that `select` takes."""
-    if isinstance(config, SelectConfig):
+def finetune(
+    config: FinetuneConfig | Mapping[str, Any] | Path | str,
+    out: Path | str | None = None,
+    *,
+    address: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Fine-tune a causal language model on one or several tasks; return the run folder, which holds `model/`.
+
+    Arguments and errors as in `select`; a `FloatingPointError` says which examples made the loss infinite or NaN.
+    """
+    return run_job("finetune", as_config(config, FinetuneConfig), out, address=address, overwrite=overwrite).folder
+
+
+def as_config(config: _Config | Mapping[str, Any] | Path | str, model: type[_Config]) -> _Config:
+    """A validated configuration from any of the forms that the functions here take."""
+    if isinstance(config, model):
         return config
     if isinstance(config, Mapping):
-        return validate(SelectConfig, config, "config")
-    return load_config(SelectConfig, config)
+        return validate(model, config, "config")
+    assert isinstance(config, Path | str)
+    return load_config(model, config)
 
 
-def run_select(
-    config: SelectConfig,
-    out: Path | None = None,
+def check(job: str, config: Strict) -> Ready:
+    """Look at the files, models and tokenizers that `config` names. Raises UserError; changes nothing."""
+    assert isinstance(config, CONFIGS[job])
+    ready: Ready = _module(job, "preflight").check(config)
+    return ready
+
+
+def default_folder(job: str, ready: Ready) -> Path:
+    """The run folder of a command without --out: the same command finds it again, and resumes."""
+    return RUNS / f"{job}-{ready.work_hash[:8]}"
+
+
+def run_job(
+    job: str,
+    config: Strict,
+    out: Path | str | None = None,
     *,
     address: str | None = None,
     overwrite: bool = False,
     progress: Progress = lambda step: None,
 ) -> Summary:
-    """`select` with progress, returning the summary that the command prints."""
+    """Run `job` in its folder and return the summary that the command prints."""
     from stitch_ray import ray_session
-    from stitch_ray.selection.pipeline import check_cluster, run
-    from stitch_ray.selection.preflight import check
 
-    ready = check(config)
-    path = (out or RUNS / f"select-{ready.work_hash[:8]}").absolute()
+    ready = check(job, config)
+    pipeline = _module(job, "pipeline")
+    path = Path(out or default_folder(job, ready)).absolute()
     check_writable(path)
     with ray_session.session(address):
-        check_cluster(ready, path)
+        pipeline.check_cluster(ready, path)
         values = config.model_dump(mode="json", exclude_none=True)
-        folder = RunFolder.open(path, "select", values, ready.work, overwrite=overwrite)
+        folder = RunFolder.open(path, job, values, ready.work, overwrite=overwrite)
         try:
-            return run(ready, folder, progress)
+            summary: Summary = pipeline.run(ready, folder, progress)
         except BaseException as error:
             folder.fail(error)
             raise
+    return summary
+
+
+def _module(job: str, name: str) -> Any:
+    # Torch and Ray load only where they are needed.
+    return import_module(f"stitch_ray.{_AREAS[job]}.{name}")

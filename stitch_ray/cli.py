@@ -11,9 +11,12 @@ import typer
 
 from jobs.demo import demo
 from jobs.doctor import doctor
+from jobs.finetune import finetune
+from jobs.merge import merge
 from jobs.select import select
 from jobs.submit import submit
 from jobs.tiny_model import tiny_model
+from stitch_ray.api import check
 from stitch_ray.config import CONFIGS, load_config
 from stitch_ray.console import Config, Set, exits
 from stitch_ray.errors import UserError
@@ -30,7 +33,7 @@ app = typer.Typer(
 
 Job = Annotated[str, typer.Argument(help=f"one of: {', '.join(CONFIGS)}", metavar="JOB", show_default=False)]
 
-for command in (demo, select, tiny_model, submit, doctor):
+for command in (demo, select, finetune, merge, tiny_model, submit, doctor):
     app.command(name=command.__name__.replace("_", "-"))(command)
 
 
@@ -39,9 +42,7 @@ for command in (demo, select, tiny_model, submit, doctor):
 def validate(job: Job, config: Config, set_: Set = None) -> None:
     """Check a configuration and the files, models and tokenizers it names; change nothing."""
     settings = load_config(_known(job), config, set_ or [])
-    from stitch_ray.selection.preflight import check
-
-    ready = check(settings)
+    ready = check(job, settings)
     print(f"{config}: valid; {job} work hash {ready.work_hash}")
 
 

@@ -62,8 +62,11 @@ def _configure_data() -> None:
     context.print_on_execution_start = False
 
 
-def require(needed: Mapping[str, float], what: str) -> None:
-    """Refuse with the numbers, in place of waiting for ever, if the cluster in total has less than `needed`."""
+def require(needed: Mapping[str, float], what: str, *, hint: str) -> None:
+    """Refuse with the numbers, in place of waiting for ever, if the cluster in total has less than `needed`.
+
+    `hint`: what to lower instead, as the start of a sentence.
+    """
     import ray
 
     have = ray.cluster_resources()
@@ -72,7 +75,7 @@ def require(needed: Mapping[str, float], what: str) -> None:
         listed = ", ".join(
             f"{amount:g} {name} (the cluster has {have.get(name, 0):g})" for name, amount in short.items()
         )
-        raise UserError(f"{what} needs {listed}. Lower replicas, num_threads or num_gpus, or use a larger cluster")
+        raise UserError(f"{what} needs {listed}. {hint}, or use a larger cluster")
 
 
 def require_shared(out: Path, inputs: Sequence[str]) -> None:

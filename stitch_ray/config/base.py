@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -14,6 +14,9 @@ class Strict(BaseModel):
     """Unknown keys are errors, numbers are finite, and a loaded configuration does not change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    PATHS: ClassVar[tuple[str, ...]] = ()
+    """Dotted keys that may hold local paths; `*` stands for every entry of a list."""
 
 
 class DataConfig(Strict):

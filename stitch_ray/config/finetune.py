@@ -123,7 +123,9 @@ class ZeroConfig(Strict):
 class ResourcesConfig(Strict):
     """What one worker runs on."""
 
-    num_threads: int = Field(1, ge=1, description="CPUs and torch threads of a worker; part of what makes results exact")
+    num_threads: int = Field(
+        1, ge=1, description="CPUs and torch threads of a worker; part of what makes results exact"
+    )
     num_gpus: float = Field(0, ge=0, description="GPUs of a worker: 0 trains on the CPU")
     max_failures: int = Field(3, ge=0, description="restarts after a worker or node was lost, before the job fails")
 
@@ -169,16 +171,26 @@ class EarlyStoppingConfig(Strict):
 class FinetuneConfig(Strict):
     """Fine-tune a causal language model on one or several tasks."""
 
+    PATHS = ("model.path", "tasks.*.data.*", "tasks.*.template", "adapter.start_from")
+
     model: BaseModelConfig = Field(description="the model that is trained")
     tasks: list[TaskConfig] = Field(min_length=1, description="what it is trained on")
     objective: str = Field("sft", description="what is rendered and which tokens carry loss, unless a task says so")
-    method: Literal["full", "lora", "qlora"] = Field("full", description="all weights, adapters, adapters on 4-bit weights")
+    method: Literal["full", "lora", "qlora"] = Field(
+        "full", description="all weights, adapters, adapters on 4-bit weights"
+    )
     adapter: AdapterConfig = Field(AdapterConfig(), description="with method: lora or qlora")  # type: ignore[call-arg]
-    loss: LossMode = Field("task_token_mean", description="how token losses become one number; always over a whole step")
+    loss: LossMode = Field(
+        "task_token_mean", description="how token losses become one number; always over a whole step"
+    )
     coba: CoBaConfig = Field(CoBaConfig(), description="with loss: coba")  # type: ignore[call-arg]
     mixing: MixingConfig = Field(MixingConfig(), description="how tasks share an epoch")  # type: ignore[call-arg]
-    packing: bool = Field(True, description="examples one after another in a row without padding, each seeing only itself")
-    max_length: int = Field(2048, ge=8, description="tokens of the longest example; never more than the model's context")
+    packing: bool = Field(
+        True, description="examples one after another in a row without padding, each seeing only itself"
+    )
+    max_length: int = Field(
+        2048, ge=8, description="tokens of the longest example; never more than the model's context"
+    )
     overlong: Literal["truncate", "drop"] = Field("truncate", description="what happens to a longer one; counted")
     batch: BatchConfig = Field(BatchConfig(), description="what makes a step")  # type: ignore[call-arg]
     epochs: float = Field(1.0, gt=0, description="passes over the training split")
@@ -200,9 +212,9 @@ class FinetuneConfig(Strict):
         names = [task.name for task in self.tasks]
         if len(set(names)) != len(names):
             raise ValueError(f"tasks[].name must be unique, got {names}")
-        if self.method == "full" and "adapter" in self.model_fields_set:
+        if self.method == "full" and self.adapter != AdapterConfig():  # type: ignore[call-arg]
             raise ValueError("adapter has no effect with method: full; remove it, or use method: lora")
-        if self.loss != "coba" and "coba" in self.model_fields_set:
+        if self.loss != "coba" and self.coba != CoBaConfig():  # type: ignore[call-arg]
             raise ValueError(f"coba has no effect with loss: {self.loss}; remove it, or use loss: coba")
         if self.loss == "coba" and len(names) < 2:
             raise ValueError("loss: coba balances tasks and needs at least two")
@@ -217,7 +229,7 @@ class FinetuneConfig(Strict):
             raise ValueError("early_stopping watches the validation loss and needs split.validation above 0")
         if self.eval.generate and not self.split.validation:
             raise ValueError("eval.generate asks validation questions and needs split.validation above 0")
-        if self.max_steps is not None and "epochs" in self.model_fields_set:
+        if self.max_steps is not None and self.epochs != 1:
             raise ValueError("give epochs or max_steps, not both")
         if self.packing and self.batch.tokens is not None and self.batch.tokens < self.max_length:
             raise ValueError(f"batch.tokens {self.batch.tokens} cannot hold an example of max_length {self.max_length}")

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from stitch_ray.config.base import Strict
 from stitch_ray.errors import UserError
 
 Config = TypeVar("Config", bound=BaseModel)
@@ -67,25 +68,29 @@ def parse_overrides(overrides: Sequence[str]) -> list[tuple[list[str], Any]]:
     return parsed
 
 
-def absolute_paths(config: BaseModel, base: Path) -> dict[str, Any]:
+def absolute_paths(config: Strict, base: Path) -> dict[str, Any]:
     """The configuration as plain values, local paths made absolute against `base`: fit for another directory."""
     values = config.model_dump(mode="json", exclude_none=True)
-
-    def absolute(text: str) -> str:
-        local = base / text
-        known = local.exists() or bool(globbing.glob(str(local)))
-        return str(local.resolve()) if known and "://" not in text else text
-
-    data = values.get("data")
-    if isinstance(data, dict):
-        data["paths"] = [absolute(path) for path in data["paths"]]
-    for entry in values.get("models", []):
-        entry["path"] = absolute(entry["path"])
-    if (values.get("rating") or {}).get("prompts"):
-        values["rating"]["prompts"] = absolute(values["rating"]["prompts"])
-    if ((values.get("select") or {}).get("diversity") or {}).get("encoder"):
-        values["select"]["diversity"]["encoder"] = absolute(values["select"]["diversity"]["encoder"])
+    for key in config.PATHS:
+        _make_absolute(values, key.split("."), base)
     return values
+
+
+def _make_absolute(values: Any, keys: Sequence[str], base: Path) -> None:
+    """Follow `keys` ("*": every entry of a list) and replace what is there by its absolute path, if it is a file."""
+    key, *rest = keys
+    places = range(len(values)) if key == "*" else [key] if key in values else []
+    for place in places:
+        if rest:
+            _make_absolute(values[place], rest, base)
+        elif isinstance(values[place], str):
+            values[place] = _absolute(values[place], base)
+
+
+def _absolute(text: str, base: Path) -> str:
+    local = base / text
+    known = local.exists() or bool(globbing.glob(str(local)))
+    return str(local.resolve()) if known and "://" not in text else text
 
 
 def _assign(values: Any, keys: Sequence[str], value: Any) -> None:

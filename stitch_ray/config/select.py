@@ -72,6 +72,8 @@ class ReportConfig(Strict):
 class SelectConfig(Strict):
     """Rate instruction data by the model's own uncertainty and keep the best part."""
 
+    PATHS = ("data.paths.*", "models.*.path", "rating.prompts", "select.diversity.encoder")
+
     data: DataConfig = Field(description="where examples come from")
     models: list[ModelConfig] = Field(min_length=1, description="the models that rate, each on its own")
     rating: RatingConfig = Field(RatingConfig(), description="how examples are rated")  # type: ignore[call-arg]

@@ -76,11 +76,7 @@ def build_corpus(folder: Path, config: DataConfig, sources: Sequence[str]) -> Co
 
     Raises UserError if there is no usable row or more than `max_bad_fraction` of them is not.
     """
-    if not (folder / _MARKER).exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        (folder / "quarantine").mkdir(parents=True)
-        _run(folder, config, sources)
-    corpus = load_corpus(folder)
+    corpus = read_corpus(folder, config, sources)
     if not corpus.num_rows:
         first = f"; the first: {_place(corpus.quarantined[0])}" if corpus.quarantined else ""
         raise UserError(f"data.paths: no usable row in {', '.join(sources)}{first}")
@@ -90,6 +86,15 @@ def build_corpus(folder: Path, config: DataConfig, sources: Sequence[str]) -> Co
             f"{config.max_bad_fraction:g}; the first: {_place(corpus.quarantined[0])}"
         )
     return corpus
+
+
+def read_corpus(folder: Path, config: DataConfig, sources: Sequence[str]) -> Corpus:
+    """`build_corpus` for callers with a rule of their own for too many unusable rows."""
+    if not (folder / _MARKER).exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / "quarantine").mkdir(parents=True)
+        _run(folder, config, sources)
+    return load_corpus(folder)
 
 
 def load_corpus(folder: Path) -> Corpus:
@@ -184,7 +189,7 @@ def _run(folder: Path, config: DataConfig, sources: Sequence[str]) -> None:
     try:
         rows.write_parquet(str(folder / "rows"), min_rows_per_file=1)
     except Exception as error:
-        cause = _user_error(error)
+        cause = user_error(error)
         if cause is not None:
             raise cause from error
         raise
@@ -223,7 +228,8 @@ def _table(examples: Sequence[Example]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=CORPUS_SCHEMA)
 
 
-def _user_error(error: BaseException | None) -> UserError | None:
+def user_error(error: BaseException | None) -> UserError | None:
+    """The UserError that made a Ray task fail, if that is what did."""
     while error is not None:
         if isinstance(error, UserError):
             return UserError(str(error.args[0]) if error.args else str(error))

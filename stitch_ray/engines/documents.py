@@ -121,7 +121,7 @@ def _no_mask(*_args: Any, local_size: int | None = None, use_vmap: bool = False,
 
 
 @dataclass(frozen=True, slots=True)
-class _Variant:
+class Variant:
     """What a model adds to plain scaled dot-product attention."""
 
     scale: float | None
@@ -161,7 +161,7 @@ def _attend_row(
     plan.windows.add(sliding_window)
     if plan.recording is not None:
         plan.recording.layers.append((key.clone(), value.clone()))
-    variant = _Variant(scaling, sliding_window, softcap, s_aux)
+    variant = Variant(scaling, sliding_window, softcap, s_aux)
     last = plan.last_only and layer == plan.num_layers - 1
     out = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
     for document in plan.documents:
@@ -187,7 +187,7 @@ def _with_prefix(document: Document, layer: int, key: Tensor, value: Tensor) -> 
 
 
 def _attend_trunk(
-    plan: Pass, document: Document, variant: _Variant, query: Tensor, keys: Tensor, values: Tensor, out: Tensor
+    plan: Pass, document: Document, variant: Variant, query: Tensor, keys: Tensor, values: Tensor, out: Tensor
 ) -> None:
     start, stop, prefix = document.start, document.start + document.trunk, document.prefix_length
     q, tokens = query[:, :, start:stop], prefix + document.trunk
@@ -200,22 +200,22 @@ def _attend_trunk(
             q, keys, values, is_causal=True, scale=variant.scale, enable_gqa=q.shape[1] != keys.shape[1]
         )[:, :, prefix:]
     else:
-        mask = _masks(plan, ("trunk", prefix, document.trunk, variant.window), query.device, _trunk_mask)
-        y = _attend(q, keys, values, mask, variant)
+        mask = _masks(plan, ("trunk", prefix, document.trunk, variant.window), query.device, trunk_mask)
+        y = attend(q, keys, values, mask, variant)
     out[:, start:stop] = y.transpose(1, 2)
 
 
 def _attend_branches(
-    plan: Pass, document: Document, variant: _Variant, query: Tensor, keys: Tensor, values: Tensor, out: Tensor
+    plan: Pass, document: Document, variant: Variant, query: Tensor, keys: Tensor, values: Tensor, out: Tensor
 ) -> None:
     start = document.start + document.trunk
     stop = start + sum(document.branches)
     mask = _branch_masks(plan, document, variant, query.device)
-    out[:, start:stop] = _attend(query[:, :, start:stop], keys, values, mask, variant).transpose(1, 2)
+    out[:, start:stop] = attend(query[:, :, start:stop], keys, values, mask, variant).transpose(1, 2)
 
 
 def _attend_wanted(
-    plan: Pass, document: Document, variant: _Variant, query: Tensor, keys: Tensor, values: Tensor, out: Tensor
+    plan: Pass, document: Document, variant: Variant, query: Tensor, keys: Tensor, values: Tensor, out: Tensor
 ) -> None:
     trunk_end = document.start + document.trunk
     if not document.branches:
@@ -223,17 +223,17 @@ def _attend_wanted(
         mask = None
         if not variant.plain(tokens):
             key = ("trunk", document.prefix_length, document.trunk, variant.window)
-            mask = _masks(plan, key, query.device, _trunk_mask)[-1:]
+            mask = _masks(plan, key, query.device, trunk_mask)[-1:]
         q = query[:, :, trunk_end - 1 : trunk_end]
-        out[:, trunk_end - 1 : trunk_end] = _attend(q, keys, values, mask, variant).transpose(1, 2)
+        out[:, trunk_end - 1 : trunk_end] = attend(q, keys, values, mask, variant).transpose(1, 2)
         return
     ends = torch.tensor(document.branches, device=query.device).cumsum(0) - 1
     mask = _branch_masks(plan, document, variant, query.device)[ends]
     at = trunk_end + ends
-    out[:, at] = _attend(query[:, :, at], keys, values, mask, variant).transpose(1, 2)
+    out[:, at] = attend(query[:, :, at], keys, values, mask, variant).transpose(1, 2)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, variant: _Variant) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, variant: Variant) -> Tensor:
     """Masked attention, (1, heads, queries, width). Soft-capping (Gemma 2) and sinks (gpt-oss) need explicit scores."""
     gqa = q.shape[1] != k.shape[1]
     if variant.softcap is None and variant.sinks is None:
@@ -259,7 +259,7 @@ def _masks(plan: Pass, key: tuple[Any, ...], device: torch.device, make: Any) ->
     return plan.masks[key]
 
 
-def _branch_masks(plan: Pass, document: Document, variant: _Variant, device: torch.device) -> Tensor:
+def _branch_masks(plan: Pass, document: Document, variant: Variant, device: torch.device) -> Tensor:
     before = document.prefix_length + document.trunk
     return _masks(plan, ("branches", before, document.branches, variant.window), device, _branch_mask)
 
@@ -270,7 +270,7 @@ def _within(query_at: Tensor, key_at: Tensor, window: int | None) -> Tensor:
     return seen if window is None else seen & (query_at[:, None] - key_at[None] < window)
 
 
-def _trunk_mask(prefix: int, trunk: int, window: int | None) -> Tensor:
+def trunk_mask(prefix: int, trunk: int, window: int | None) -> Tensor:
     at = torch.arange(prefix + trunk)
     return _within(at[prefix:], at, window)
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,12 +18,15 @@ from transformers.utils.logging import disable_progress_bar
 
 from stitch_ray.engines import hf_text
 from stitch_ray.engines.base import EngineError, EngineInfo, Generation, RatingBatch, Request
-from stitch_ray.engines.fingerprint import model_fingerprint
+from stitch_ray.engines.fingerprint import model_fingerprint, model_folder
 from stitch_ray.engines.pretrained import context_length, default_batch_tokens, first_line, load_tokenizer
 from stitch_ray.engines.rating import PlainRater, Rater, fastest_rater, plain_beyond
 from stitch_ray.errors import UserError
+from stitch_ray.records import content_hash
 
 _METHODS = frozenset({"rate", "generate", "loglikelihood", "embed"})
+
+Answer = TypeVar("Answer")
 
 
 class HfEngine:
@@ -27,7 +34,12 @@ class HfEngine:
 
     Rating takes the fastest of the three ways in `rating.py` that, on a small check made at start-up, agrees with the
     plain one; `rating_path` tells which. On CPU, `num_threads` fixes torch's threads so that results do not depend on
-    the machine. Raises UserError for a path that holds no usable model.
+    the machine.
+
+    `adapters`, name -> folder, are LoRA adapters of the model at `path`; `Request.adapter` names the one that answers,
+    None the model alone, as do `rate` and `embed`. Where `path` itself is an adapter's folder, its base model is loaded
+    and the adapter is part of the model, for everything. Raises UserError for a path that holds no usable model, and
+    for an adapter that does not fit.
     """
 
     def __init__(
@@ -41,21 +53,36 @@ class HfEngine:
         batch_tokens: int | None = None,
         num_threads: int | None = None,
         trust_remote_code: bool = False,
+        adapters: Mapping[str, str] | None = None,
     ) -> None:
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.batch_tokens = batch_tokens or default_batch_tokens(self.device.type)
-        self._tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-        self._model = _load_model(path, dtype, trust_remote_code).to(self.device).eval()
+        own = is_adapter(path)
+        if own and adapters:
+            raise UserError(f"adapters: {path} is an adapter itself; name its base model as path, and all as adapters")
+        base = adapter_base(path) if own else path
+        self._tokenizer = load_tokenizer(tokenizer_path(path, base), trust_remote_code=trust_remote_code)
+        self._model = load_model(base, dtype, trust_remote_code=trust_remote_code).to(self.device).eval()
+        num_parameters = sum(parameter.numel() for parameter in self._model.parameters())
+        fingerprint = model_fingerprint(path)
+        if own:
+            attach_adapters(self._model, {"default": path}, base)
+            fingerprint = content_hash([fingerprint, model_fingerprint(base)])
+        # PEFT changes the layers in place, so that `self._model` stays the plain Transformers model to everyone
+        self._adapters = attach_adapters(self._model, adapters, base) if adapters else None
+        if adapters:
+            fingerprint = content_hash([fingerprint, {one: model_fingerprint(at) for one, at in adapters.items()}])
         context = context_length(self._model.config)
         self.info = EngineInfo(
             model=name or Path(path).name,
-            fingerprint=model_fingerprint(path),
+            fingerprint=fingerprint,
             dtype=str(self._model.dtype).removeprefix("torch."),
             max_context=min(max_tokens or context, context),
-            num_parameters=sum(parameter.numel() for parameter in self._model.parameters()),
+            num_parameters=num_parameters,
             methods=_METHODS,
+            adapters=tuple(adapters or ()),
         )
         self.rating_path = "plain"
         self._rater: Rater | None = None
@@ -67,44 +94,76 @@ class HfEngine:
         sides = max(len(batch.head(k)) + len(batch.tail(k)) for k in range(batch.num_prompts))
         if longest + sides > self.info.max_context:
             raise ValueError(f"a sequence of {longest + sides} tokens exceeds the context of {self.info.max_context}")
-        if self._rater is None:
-            self.rating_path, self._rater = fastest_rater(self._model, self.batch_tokens, len(batch.rating_ids))
-        if longest + sides > self._plain_beyond:
-            return PlainRater(self._model).rate(batch)
-        return self._rater.rate(batch)
+        with self._answering(None):
+            if self._rater is None:
+                self.rating_path, self._rater = fastest_rater(self._model, self.batch_tokens, len(batch.rating_ids))
+            if longest + sides > self._plain_beyond:
+                return PlainRater(self._model).rate(batch)
+            return self._rater.rate(batch)
 
     def generate(self, requests: Sequence[Request]) -> list[list[Generation] | EngineError]:
-        return hf_text.generate(
-            self._model,
-            self._tokenizer,
-            requests,
-            token_budget=4 * self.batch_tokens,
-            max_context=self.info.max_context,
+        return self._by_adapter(
+            requests, lambda some: hf_text.generate(self._model, self._tokenizer, some, **self._limits())
         )
 
     def loglikelihood(self, requests: Sequence[Request]) -> list[tuple[float, bool] | EngineError]:
-        return hf_text.loglikelihood(
-            self._model,
-            self._tokenizer,
-            requests,
-            token_budget=4 * self.batch_tokens,
-            max_context=self.info.max_context,
+        return self._by_adapter(
+            requests, lambda some: hf_text.loglikelihood(self._model, self._tokenizer, some, **self._limits())
         )
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        return hf_text.embed(
-            self._model, self._tokenizer, texts, token_budget=4 * self.batch_tokens, max_context=self.info.max_context
-        )
+        with self._answering(None):
+            return hf_text.embed(self._model, self._tokenizer, texts, **self._limits())
 
     def close(self) -> None:
         """Free the weights."""
         self._rater = None
         self._model = None
+        self._adapters = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def _limits(self) -> dict[str, int]:
+        return {"token_budget": 4 * self.batch_tokens, "max_context": self.info.max_context}
 
-def _load_model(path: str, dtype: str, trust_remote_code: bool) -> Any:
+    def _by_adapter(
+        self, requests: Sequence[Request], answer: Callable[[list[Request]], list[Answer | EngineError]]
+    ) -> list[Answer | EngineError]:
+        """Answers in the order of `requests`, one adapter after another."""
+        if not self.info.adapters:
+            return answer(list(requests))
+        answers: dict[int, Answer | EngineError] = {}
+        slots: dict[str | None, list[int]] = {}
+        for slot, request in enumerate(requests):
+            if request.adapter is None or request.adapter in self.info.adapters:
+                slots.setdefault(request.adapter, []).append(slot)
+            else:
+                known = ", ".join(self.info.adapters)
+                answers[slot] = EngineError(request.request_id, f"no adapter {request.adapter!r}; known: {known}")
+        for adapter, together in slots.items():
+            with self._answering(adapter):
+                some = answer([replace(requests[slot], adapter=None) for slot in together])
+            answers.update(zip(together, some, strict=True))
+        return [answers[slot] for slot in range(len(requests))]
+
+    @contextmanager
+    def _answering(self, adapter: str | None) -> Iterator[None]:
+        """Inside, `adapter` is part of the model, or none of `adapters` is."""
+        if self._adapters is None:
+            yield
+        elif adapter is None:
+            with self._adapters.disable_adapter():
+                yield
+        else:
+            self._adapters.set_adapter(adapter, inference_mode=True)
+            yield
+
+
+def load_model(path: str, dtype: str, *, trust_remote_code: bool = False, key: str = "models", **options: Any) -> Any:
+    """The causal language model at `path`, weights from safetensors only; `options` go to `from_pretrained`.
+
+    Raises UserError, beginning with `key`, if it cannot be loaded.
+    """
     disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -112,9 +171,10 @@ def _load_model(path: str, dtype: str, trust_remote_code: bool) -> Any:
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
+            **options,
         )
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"models: {path}: cannot be loaded ({first_line(error)})") from error
+        raise UserError(f"{key}: {path}: cannot be loaded ({first_line(error)})") from error
     attend_as_defined(model)
     return model
 
@@ -123,3 +183,99 @@ def attend_as_defined(model: Any) -> None:
     """Keep Gemma 2's soft-capping of attention scores: "sdpa", the default, drops it (transformers issue 32877)."""
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")
+
+
+# Adapters
+
+
+def is_adapter(path: str) -> bool:
+    """Whether `path` is a folder, or a cached Hub id, with a PEFT adapter and no model of its own."""
+    folder = Path(path) if Path(path).is_dir() else model_folder(path)
+    return folder is not None and (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+
+
+def adapter_config(path: str) -> Any:
+    """The LoRA configuration in the adapter folder `path`. Raises UserError if there is none."""
+    from peft import LoraConfig, PeftConfig
+
+    if not is_adapter(path):
+        raise UserError(f"{path}: no adapter in this folder (an adapter_config.json without a config.json)")
+    try:
+        config = PeftConfig.from_pretrained(str(model_folder(path)))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}/adapter_config.json: cannot be read ({first_line(error)})") from error
+    if not isinstance(config, LoraConfig):
+        raise UserError(f"{path}: holds a {config.peft_type} adapter; only LoRA adapters can be used")
+    return config
+
+
+def adapter_base(path: str) -> str:
+    """Path or Hub id of the model that the adapter at `path` was trained on. Raises UserError if it is not there."""
+    base = adapter_config(path).base_model_name_or_path
+    fix = f"restore it, or correct base_model_name_or_path in {path}/adapter_config.json (merge takes --base)"
+    if not base:
+        raise UserError(f"{path}: the adapter names no base model; {fix}")
+    try:
+        model_folder(base)
+    except UserError as error:
+        raise UserError(f"{path}: the base model of the adapter is missing ({error}); {fix}") from error
+    return str(base)
+
+
+def tokenizer_path(adapter: str, base: str) -> str:
+    """Where the tokenizer is: a trained adapter brings its own, with the chat template of its training."""
+    folder = model_folder(adapter)
+    return adapter if folder is not None and (folder / "tokenizer_config.json").is_file() else base
+
+
+def check_base(adapter: str, base: str) -> None:
+    """Raises UserError if the adapter at `adapter` says that it was trained on a model other than that at `base`."""
+    note = (model_folder(adapter) or Path(adapter)) / "stitch_ray.json"
+    trained_on = json.loads(note.read_text(encoding="utf-8")).get("base_fingerprint") if note.is_file() else None
+    if trained_on and trained_on != model_fingerprint(base):
+        raise UserError(
+            f"{adapter}: trained on a base model with fingerprint {trained_on}, and {base} has "
+            f"{model_fingerprint(base)}. Use the model it was trained on; "
+            f"if only tokenizer or template files differ, remove base_fingerprint from {note}"
+        )
+
+
+def attach_adapters(model: Any, adapters: Mapping[str, str], base: str | None) -> Any:
+    """Put LoRA adapters, name -> folder, into the layers of `model`, frozen; the first is active. Returns a PeftModel.
+
+    `base`: path of the model, compared with what an adapter says about its own; None: not compared. Raises UserError
+    for a folder that holds no LoRA adapter, and for weights that are not exactly those its configuration asks for.
+    """
+    from peft import PeftModel
+    from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
+
+    together: Any = None
+    for name, path in adapters.items():
+        if not re.fullmatch(r"[\w-]+", name):
+            raise UserError(f"adapters: {name!r}: a name is made of letters, digits, _ and -")
+        config = adapter_config(path)
+        config.inference_mode = True
+        if base is not None:
+            check_base(path, base)
+        try:
+            if together is None:
+                together = PeftModel(model, config, adapter_name=name)
+            else:
+                together.add_adapter(name, config)
+            weights = load_peft_weights(str(model_folder(path)), device="cpu")
+            result: Any = set_peft_model_state_dict(together, weights, adapter_name=name)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"{path}: the adapter does not fit its base model ({first_line(error)})") from error
+        wrong = [key for key in weights if ".lora_" not in key]
+        wrong += [*result.unexpected_keys, *(key for key in result.missing_keys if _is_of(key, name))]
+        if wrong:
+            raise UserError(
+                f"{path}: the adapter does not fit its base model: {len(wrong)} weights too many or missing, "
+                f"such as {wrong[0]}"
+            )
+    model.eval()
+    return together
+
+
+def _is_of(key: str, adapter: str) -> bool:
+    return re.search(rf"\.lora_\w+\.{adapter}(\.|$)", key) is not None

@@ -95,7 +95,8 @@ def check_cluster(ready: Ready, path: Path) -> None:
         needed = {"CPU": float(config.replicas * config.num_threads)}
         if config.num_gpus:
             needed["GPU"] = config.replicas * config.num_gpus
-        ray_session.require(needed, f"model {config.name} with replicas: {config.replicas}")
+        what = f"model {config.name} with replicas: {config.replicas}"
+        ray_session.require(needed, what, hint="Lower replicas, num_threads or num_gpus")
     ray_session.require_shared(path, [*ready.sources, *(model.config.path for model in ready.models)])
 
 

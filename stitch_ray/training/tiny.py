@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,10 +14,10 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.utils import logging as transformers_logging
 
 from stitch_ray.errors import UserError
 from stitch_ray.records import Example, Turn
+from stitch_ray.training.export import check_free, new_folder, save_model
 
 PAD, END = "<|pad|>", "<|end|>"
 ROLES = ("system", "user", "assistant", "tool")
@@ -173,7 +171,7 @@ def make_tiny_model(
     if max_length < 2:
         raise UserError(f"max_length: {max_length} must be at least 2")
     out = Path(out).absolute()
-    _check_free(out, overwrite)
+    check_free(out, overwrite)
 
     conversations = list(_within_budget(map(_turns, examples)))
     if not conversations:
@@ -309,53 +307,14 @@ def _train(
     return losses
 
 
-def _check_free(out: Path, overwrite: bool) -> None:
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise UserError(f"{out} is a file; choose another --out")
-    if any(out.iterdir()) and not overwrite:
-        raise UserError(f"{out} is not empty; choose another --out or pass --overwrite")
-    if any(out.iterdir()) and not (out / "config.json").is_file():
-        raise UserError(f"{out} holds something else than a model (no config.json); remove it or choose another --out")
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
-
-
 def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, card: str, out: Path) -> None:
-    """Write into a hidden sibling of `out`, then rename."""
-    building = out.with_name(f".{out.name}.building-{os.getpid()}")
-    replaced = out.with_name(f".{out.name}.replaced-{os.getpid()}")
-    building.mkdir(parents=True)
-    try:
+    with new_folder(out) as folder:
         model.generation_config = GenerationConfig(
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
         )
-        with _no_progress_bar():
-            model.save_pretrained(building)
-        tokenizer.save_pretrained(building)
-        # safetensors makes its file readable by the owner only; other users of a cluster read the model too.
-        for weights in building.glob("*.safetensors"):
-            weights.chmod((building / "config.json").stat().st_mode)
-        (building / "README.md").write_text(card, encoding="utf-8")
-        if out.exists():
-            out.rename(replaced)
-        building.rename(out)
-    except BaseException:
-        if replaced.exists() and not out.exists():
-            replaced.rename(out)
-        shutil.rmtree(building, ignore_errors=True)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
+        save_model(model, folder)
+        tokenizer.save_pretrained(folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _model_card(summary: dict[str, Any], seed: int) -> str:

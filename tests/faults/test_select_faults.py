@@ -20,10 +20,11 @@ from cluster.local import simulated_cluster
 from stitch_ray.data import formats, readers
 from stitch_ray.data.synthetic import instruction_corpus
 from stitch_ray.training.tiny import make_tiny_model
-from tests.faults.killing import Command, World, kill, raters_below, world
+from tests.faults.killing import Command, World, kill, workers_below, world
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
+RATER = "ray::MapWorker(MapBatches(Rater))"
 ROWS, BATCHES, ROWS_A_BATCH = 600, 19, 32
 RESULTS = ("selected.jsonl", "scores.parquet", "plan.parquet", "ratings/*.parquet")
 
@@ -41,6 +42,11 @@ class Job:
         for number in but:
             rating_file(out, number).unlink()
         return out
+
+
+def calls(command: Command) -> list[tuple[int, int]]:
+    """(batch, rows) of every rating call so far, over all commands that wrote to the same log."""
+    return [(int(batch), int(rows)) for _, batch, rows in command.entries()]
 
 
 def results(folder: Path) -> dict[str, bytes]:
@@ -66,7 +72,7 @@ def check_complete(folder: Path, job: Job) -> None:
 
 @pytest.fixture
 def here(tmp_path: Path) -> Iterator[World]:
-    with world(tmp_path / "calls.log") as found:
+    with world(tmp_path / "calls.log", "select") as found:
         yield found
 
 
@@ -83,28 +89,28 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     values = {"data": {"paths": [str(folder / "*.jsonl")]}, "models": [{"path": str(folder / "model")}]}
     config = folder / "config.yaml"
     config.write_text(yaml.safe_dump(values))
-    with world(folder / "calls.log") as here:
+    with world(folder / "calls.log", "select") as here:
         command = here.start(config, folder / "run")
         code, errors = command.finish()
     assert code == 0, errors
-    assert sorted(number for number, _ in command.calls()) == list(range(BATCHES))
-    assert sum(count for _, count in command.calls()) == ROWS
+    assert sorted(number for number, _ in calls(command)) == list(range(BATCHES))
+    assert sum(count for _, count in calls(command)) == ROWS
     return Job(config, folder / "run")
 
 
 def test_killed_actor_is_replaced_and_only_its_batch_is_rated_again(job: Job, here: World, tmp_path: Path) -> None:
     command = here.start(job.config, tmp_path / "run")
     for more in (3, 4):
-        seen = len(command.calls()) + more
-        assert command.until(lambda seen=seen: len(command.calls()) >= seen, f"call {seen}")
-        [pid] = command.raters()
+        seen = len(calls(command)) + more
+        assert command.until(lambda seen=seen: len(calls(command)) >= seen, f"call {seen}")
+        [pid] = command.workers(RATER)
         kill(pid)
-        assert len(command.calls()) < BATCHES, "the kill came after the last batch"
-        assert command.until(lambda pid=pid: pid not in command.raters(), "death of the actor")
+        assert len(calls(command)) < BATCHES, "the kill came after the last batch"
+        assert command.until(lambda pid=pid: pid not in command.workers(RATER), "death of the actor")
     code, errors = command.finish()
     assert code == 0, errors
-    calls = command.calls()
-    assert ROWS < sum(count for _, count in calls) <= ROWS + 2 * ROWS_A_BATCH
+    made = calls(command)
+    assert ROWS < sum(count for _, count in made) <= ROWS + 2 * ROWS_A_BATCH
     check_complete(tmp_path / "run", job)
 
 
@@ -124,31 +130,31 @@ def test_killed_driver_resumes_from_ten_points_with_the_same_bytes(job: Job, her
         return any((out / "work").glob("bodies-*/*.parquet"))
 
     def rated(command: Command, more: int) -> Callable[[], bool]:
-        wanted = len(command.calls()) + more
-        return lambda: len(command.calls()) >= wanted
+        wanted = len(calls(command)) + more
+        return lambda: len(calls(command)) >= wanted
 
     points = ["reading", "tokenising", "planning", *(random_.choice([1, 2]) for _ in range(7))]
     kills = 0
     for point in points:
         command = here.start(job.config, out, "--set", f"models.0.replicas={replicas}")
         stage = {"reading": reading, "tokenising": tokenising, "planning": planning}.get(str(point))
-        before = len(command.calls())
+        before = len(calls(command))
         assert command.until(stage or rated(command, int(point)), f"point {point}")
         command.kill_all()
         kills += 1
         assert json.loads((out / "manifest.json").read_text())["status"] == "running"
         assert not (out / "scores.parquet").exists(), "the kill came too late"
-        assert (len(command.calls()) > before) == (stage is None)
+        assert (len(calls(command)) > before) == (stage is None)
     unfinished = BATCHES - len(list(out.glob("ratings/*.parquet")))
     assert unfinished > 0, "all was rated before the last kill"
     command = here.start(job.config, out)
     code, errors = command.finish()
     assert code == 0, errors
     assert kills == 10
-    calls = command.calls()
-    assert {number for number, _ in calls} == set(range(BATCHES))
-    assert sum(count for _, count in calls) <= ROWS + kills * replicas * ROWS_A_BATCH
-    assert len(calls) > BATCHES, "no kill hit a batch: nothing was tested"
+    made = calls(command)
+    assert {number for number, _ in made} == set(range(BATCHES))
+    assert sum(count for _, count in made) <= ROWS + kills * replicas * ROWS_A_BATCH
+    assert len(made) > BATCHES, "no kill hit a batch: nothing was tested"
     check_complete(out, job)
 
 
@@ -161,9 +167,9 @@ def test_batch_that_kills_its_actor_every_time_ends_the_run_with_its_number(
 
     def ended() -> bool:
         nonlocal killed
-        deaths = [number for number, _ in command.calls()].count(11)
+        deaths = [number for number, _ in calls(command)].count(11)
         if deaths > killed:
-            [pid] = command.raters()
+            [pid] = command.workers(RATER)
             kill(pid)
             killed = deaths
         return command.process.poll() is not None
@@ -185,16 +191,16 @@ def test_batch_that_kills_its_actor_every_time_ends_the_run_with_its_number(
 def test_interrupted_run_exits_130_and_resumes(job: Job, here: World, tmp_path: Path) -> None:
     out = job.copied(tmp_path / "run", *range(8))
     command = here.start(job.config, out)
-    assert command.until(lambda: len(command.calls()) >= 2, "two calls")
+    assert command.until(lambda: len(calls(command)) >= 2, "two calls")
     command.process.send_signal(signal.SIGINT)
     code, errors = command.finish()
     assert code == 130, errors
     assert "interrupted; the same command resumes" in errors
-    assert len(command.calls()) < 8, "the interrupt came after the last batch"
+    assert len(calls(command)) < 8, "the interrupt came after the last batch"
     assert json.loads((out / "manifest.json").read_text())["status"] == "failed"
     again = here.start(job.config, out)
     assert again.finish()[0] == 0
-    assert sum(count for _, count in again.calls()) <= (8 + 1) * ROWS_A_BATCH
+    assert sum(count for _, count in calls(again)) <= (8 + 1) * ROWS_A_BATCH
     check_complete(out, job)
 
 
@@ -223,7 +229,7 @@ def test_damaged_rating_files_are_found_and_rated_again(job: Job, here: World, t
     command = here.start(job.config, out)
     code, errors = command.finish()
     assert code == 0, errors
-    assert sorted(number for number, _ in command.calls()) == sorted(damage)
+    assert sorted(number for number, _ in calls(command)) == sorted(damage)
     check_complete(out, job)
 
 
@@ -232,16 +238,16 @@ def test_node_removed_hard_while_it_rates_does_not_stop_the_run(job: Job, tmp_pa
     """With 3 replicas, one more than the node that is left has room for beside its own."""
     with (
         simulated_cluster(nodes=2, cpus_per_node=2) as (address, cluster),
-        world(tmp_path / "calls.log", RAY_ADDRESS=address) as here,
+        world(tmp_path / "calls.log", "select", RAY_ADDRESS=address) as here,
     ):
         node = next(node for node in cluster.list_all_nodes() if node is not cluster.head_node)
         raylets = [entry.process.pid for entry in node.all_processes["raylet"]]
         command = here.start(job.config, tmp_path / "run", "--set", f"models.0.replicas={replicas}")
-        assert command.until(lambda: len(command.calls()) >= 5, "five calls")
-        assert raters_below(raylets), "no actor on the node that is to go"
-        assert len(command.calls()) < BATCHES
+        assert command.until(lambda: len(calls(command)) >= 5, "five calls")
+        assert workers_below(raylets, RATER), "no actor on the node that is to go"
+        assert len(calls(command)) < BATCHES
         cluster.remove_node(node, allow_graceful=False)
         code, errors = command.finish()
         assert code == 0, errors
-        assert sum(count for _, count in command.calls()) <= ROWS + replicas * ROWS_A_BATCH
+        assert sum(count for _, count in calls(command)) <= ROWS + replicas * ROWS_A_BATCH
     check_complete(tmp_path / "run", job)

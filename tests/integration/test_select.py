@@ -23,8 +23,9 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from stitch_ray.api import as_config, run_select
+from stitch_ray.api import as_config, run_job
 from stitch_ray.cli import app
+from stitch_ray.config import SelectConfig
 from stitch_ray.errors import UserError
 from stitch_ray.prompts import load_prompts
 from stitch_ray.records import PLAN_SCHEMA, RATING_SCHEMA, Turn, content_hash
@@ -49,7 +50,7 @@ def values(data: Path | Sequence[Path], *models: Path, **sections: Values) -> Va
 
 
 def run(config: Values, out: Path, *, overwrite: bool = False) -> Summary:
-    return run_select(as_config(config), out, overwrite=overwrite)
+    return run_job("select", as_config(config, SelectConfig), out, overwrite=overwrite)
 
 
 def cli(config: Values, folder: Path, *options: str, command: str = "select") -> Any:
@@ -243,7 +244,7 @@ def test_manifest_counts_every_row_and_config_is_the_resolved_one(finished: tupl
     assert manifest["rating"][0]["rows"] == 240
     assert manifest["rating"][0]["path"] != "plain"  # the naive loop below is compared with something else
     written = yaml.safe_load((folder / "config.yaml").read_text())
-    assert as_config(written) == as_config(config)
+    assert as_config(written, SelectConfig) == as_config(config, SelectConfig)
     assert written["rating"]["num_prompts"] == 5  # defaults are written out
 
 

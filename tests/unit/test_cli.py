@@ -156,7 +156,7 @@ def test_schema_is_json_that_knows_the_smallest_configuration() -> None:
 def test_an_unknown_job_is_exit_2_with_the_known_ones(command: tuple[str, ...]) -> None:
     result = invoke(command[0], "slect", *command[1:])
     assert result.exit_code == 2
-    assert result.stderr == "error: unknown job 'slect'; known: select\n"
+    assert result.stderr == "error: unknown job 'slect'; known: select, finetune\n"
 
 
 @pytest.mark.parametrize("command", [("select",), ("plan",), ("validate", "select"), ("select", "--dry-run")])

@@ -117,11 +117,11 @@ def test_a_missing_or_undecodable_file_is_the_users_error(tmp_path: Path) -> Non
 
 def test_the_python_api_takes_a_mapping_a_file_or_a_configuration(write: Write) -> None:
     expected = config()
-    assert as_config(SMALLEST) == expected
-    assert as_config(expected) is expected
-    assert as_config(str(write(yaml.safe_dump(SMALLEST)))) == expected
+    assert as_config(SMALLEST, SelectConfig) == expected
+    assert as_config(expected, SelectConfig) is expected
+    assert as_config(str(write(yaml.safe_dump(SMALLEST))), SelectConfig) == expected
     with pytest.raises(UserError, match=r"^config: seeds: unknown key"):
-        as_config({**SMALLEST, "seeds": 1})
+        as_config({**SMALLEST, "seeds": 1}, SelectConfig)
 
 
 # Overrides
