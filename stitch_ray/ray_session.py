@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +35,8 @@ def session(address: str | None = None, *, num_cpus: int | None = None) -> Itera
         yield ray
         return
     address = address or os.environ.get("RAY_ADDRESS")
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -46,10 +50,15 @@ def session(address: str | None = None, *, num_cpus: int | None = None) -> Itera
             os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
             ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
     _configure_data()
+    if in_main_thread:
+        # As Ctrl-C. Ray's own handler prints a stack, and three seconds later aborts what is being ended in order.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield ray
     finally:
         ray.shutdown()
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, on_sigterm)
 
 
 def _configure_data() -> None:

@@ -30,7 +30,7 @@ class TaskConfig(Strict):
     """One task: its examples, and how they are turned into tokens."""
 
     name: Name = Field(description="name in metrics and reports; unique")
-    data: Annotated[list[str], BeforeValidator(_one_or_many)] = Field(
+    data: Annotated[list[str], BeforeValidator(_one_or_many, json_schema_input_type=str | list[str])] = Field(
         min_length=1, description="files, globs, folders, `datasets` folders or hf://owner/name"
     )
     format: str = Field("auto", description="name of a record format, or auto: detected for every record")

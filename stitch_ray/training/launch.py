@@ -69,7 +69,7 @@ def launch(job: WorkerJob) -> Outcome:
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         result = trainer.fit()
-    except SystemExit:  # how Ray Train ends on Ctrl-C, and Ray on SIGTERM: with a code of success, or of the signal
+    except SystemExit:  # how Ray Train ends on Ctrl-C, with the exit code of success
         raise KeyboardInterrupt from None
     except TrainingFailedError as error:
         raise RuntimeError(f"training failed: {_cause(error)}") from error

@@ -89,13 +89,12 @@ class Worker:
         """From the newest valid checkpoint, if there is one, to the end."""
         self._resume()
         self.engine.train()
-        while self.progress.step < self.plan.total_steps:
+        while self.progress.step < self.plan.total_steps and not self._stalled():
             offending = self._train_step(self.progress.step)
             if offending:
                 return self._outcome("not_finite", offending)
-            if self._validate_and_save():
-                return self._outcome("stopped_early")
-        return self._outcome("finished")
+            self._validate_and_save()
+        return self._outcome("finished" if self.progress.step == self.plan.total_steps else "stopped_early")
 
     def _train_step(self, number: int) -> tuple[str, ...]:
         """One optimizer step. Returns the ids of the examples whose loss or gradient is not finite: none, normally."""
@@ -106,14 +105,15 @@ class Worker:
         totals = _totals(step, self.data, num_tasks)
         task_weights = self.weigher.weights(self.engine, number)
 
-        sums = torch.zeros(2 * num_tasks + 2, dtype=torch.float64, device=self.device)
-        positions, suspects = 0, []
+        # Losses and weights of the tasks, the step's loss, how many shares of it are not finite, computed positions.
+        sums = torch.zeros(2 * num_tasks + 3, dtype=torch.float64, device=self.device)
+        suspects = []
         for turn in range(self.rounds):
             slot = turn * self.world_size + self.rank
             rows = step[slot] if slot < len(step) else ()
             _seed(config.seed, number, slot)
             found = self.forward(self.engine, self.data, rows)
-            loss = multitask_loss(
+            share = multitask_loss(
                 found.losses,
                 found.weights,
                 found.task_ids,
@@ -122,15 +122,16 @@ class Worker:
                 example_ids=found.example_ids,
                 totals=totals,
             )
-            zero.backward(self.engine, loss)
+            zero.backward(self.engine, share)
             by_task = task_losses(found.losses.detach(), found.weights, found.task_ids, num_tasks)
-            share = loss.detach()
-            wrong = ~torch.isfinite(share)
-            sums += torch.cat([*by_task, share[None], wrong[None]]).double()
-            positions += found.positions
+            wrong = ~torch.isfinite(share.detach())
+            sums += torch.cat(
+                [*by_task, share.detach()[None], wrong[None], sums.new_tensor([found.positions])]
+            ).double()
             suspects.append((rows, wrong))
         dist.all_reduce(sums)
-        if sums[-1]:
+        loss, not_finite, positions = sums[-3:].tolist()
+        if not_finite:
             return self._ids_of([rows for rows, wrong in suspects if wrong])
         rate = learning_rate(number, self.plan.total_steps, config.optimizer)
         try:
@@ -141,14 +142,13 @@ class Worker:
         self.progress.step += 1
         tokens = sum(int(self.data.lengths[row]) for rows in step for row in rows)
         self.progress.tokens += tokens
-        positions = int(self._sum(positions))
         if self.log:
             seconds = time.perf_counter() - started
             record = {
                 "kind": "step",
                 "step": self.progress.step,
                 "epoch": round(self.plan.epoch(number), 4),
-                "loss": float(sums[-2]),
+                "loss": loss,
                 "tasks": self._by_task(sums[:num_tasks] / sums[num_tasks : 2 * num_tasks]),
                 "task_weights": self._by_task(task_weights),
                 "lr": rate,
@@ -166,34 +166,37 @@ class Worker:
             self.log.append(record)
         return ()
 
-    def _validate_and_save(self) -> bool:
-        """What is due after a step; True if training is to stop early."""
+    def _stalled(self) -> bool:
+        """Whether training is to stop early."""
+        stopping = self.config.early_stopping
+        return stopping is not None and self.progress.stalled >= stopping.patience
+
+    def _validate_and_save(self) -> None:
+        """What is due after a step."""
         config, progress = self.config, self.progress
         last = progress.step == self.plan.total_steps
-        stop = best = False
+        best = False
         if len(self.validation) and (last or progress.step % config.eval.every == 0):
             found = self.validation.loss(self.engine)
-            patience = config.early_stopping
-            needed = progress.best_loss - (patience.min_delta if patience else 0) if progress.best_loss else math.inf
-            best = found.loss < needed
+            margin = config.early_stopping.min_delta if config.early_stopping else 0.0
+            best = progress.best_loss is None or found.loss < progress.best_loss - margin
             progress.stalled = 0 if best else progress.stalled + 1
-            stop = patience is not None and progress.stalled >= patience.patience
             if best:
                 progress.best_loss, progress.best_step = found.loss, progress.step
             if self.log:
-                record = {"loss": found.loss, "tasks": self._by_task(found.tasks), "examples": found.examples}
                 self.log.append(
                     {
                         "kind": "validation",
                         "step": progress.step,
-                        **record,
+                        "loss": found.loss,
+                        "tasks": self._by_task(found.tasks),
+                        "examples": found.examples,
                         "perplexity": _exp(found.loss),
                         "best": best,
                     }
                 )
-        if best or last or stop or progress.step % config.checkpoint.every == 0:
+        if best or last or self._stalled() or progress.step % config.checkpoint.every == 0:
             self._save()
-        return stop and not last
 
     def _save(self) -> None:
         started = time.perf_counter()
@@ -259,11 +262,6 @@ class Worker:
         everybody: list[list[str] | None] = [None] * self.world_size
         dist.all_gather_object(everybody, mine)
         return tuple(name for names in everybody for name in names or ())
-
-    def _sum(self, value: float) -> float:
-        total = torch.tensor([value], dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return float(total)
 
     def _by_task(self, values: Any) -> dict[str, float]:
         """Task name -> value, without those of tasks that were not there (NaN)."""

@@ -17,6 +17,8 @@ from stitch_ray.errors import UserError
 
 SMALLEST = {"data": {"paths": ["corpus.json"]}, "models": [{"path": "models/tiny"}]}
 
+SMALLEST_FINETUNE = {"model": {"path": "models/tiny"}, "tasks": [{"name": "a", "data": "a.json"}]}
+
 Write = Callable[[str], Path]
 
 
@@ -327,8 +329,9 @@ def test_the_json_schema_is_valid_refuses_unknown_keys_and_takes_the_smallest_co
     schema = CONFIGS[job].model_json_schema()
     checker = jsonschema.validators.validator_for(schema)
     checker.check_schema(schema)
-    assert checker(schema).is_valid(SMALLEST)
-    assert not checker(schema).is_valid({**SMALLEST, "ratings": {}})
+    smallest = {"select": SMALLEST, "finetune": SMALLEST_FINETUNE}[job]
+    assert checker(schema).is_valid(smallest)
+    assert not checker(schema).is_valid({**smallest, "ratings": {}})
     assert not checker(schema).is_valid({"data": {"paths": ["a"]}})
 
 
