@@ -44,7 +44,7 @@ $(STAMP): requirements/cpu.lock pyproject.toml
 	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps --no-build-isolation -e .
 	@touch $@
 
-demo: install  ## select the best part of a made corpus with a tiny model, from nothing, on this machine
+demo: install  ## select from a made corpus with a tiny model and fine-tune on what was kept, from nothing
 	$(BIN)/stitch-ray demo
 
 test: lint  ## lint, then every test that is not marked slow

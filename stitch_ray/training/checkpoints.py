@@ -100,26 +100,15 @@ def latest_valid(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     A newer one that is damaged is renamed to `step-000100.corrupt`, and `warn` is told the file and the damage.
     """
     for step, path in reversed(listed(root)):
-        damage = _damage(path, step)
-        if damage is None:
+        found = damage(path, step)
+        if found is None:
             return Checkpoint(path, step, json.loads((path / PROGRESS).read_text(encoding="utf-8")))
         aside = _set_aside(path)
-        warn(f"checkpoint {path} is damaged and not used: {damage}; it is now {aside.name}, remove it when you like")
+        warn(f"checkpoint {path} is damaged and not used: {found}; it is now {aside.name}, remove it when you like")
     return None
 
 
-def prune(root: Path, keep: int, best_step: int | None) -> None:
-    """Remove checkpoints except the newest `keep` and that of `best_step`."""
-    found = listed(root)
-    for step, path in found[: max(0, len(found) - keep)]:
-        if step != best_step:
-            # Out of sight first: a kill in the middle leaves no damaged checkpoint to be warned of.
-            removing = path.with_name(f".{path.name}.removing")
-            path.rename(removing)
-            shutil.rmtree(removing)
-
-
-def _damage(path: Path, step: int) -> str | None:
+def damage(path: Path, step: int) -> str | None:
     """What is wrong with a checkpoint, with the name of the file; None if nothing is."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
@@ -140,6 +129,17 @@ def _damage(path: Path, step: int) -> str | None:
         found = pool.map(_facts, (path / file for file, _, _ in expected))
         changed = [file for (file, _, sha256), facts in zip(expected, found, strict=True) if facts["sha256"] != sha256]
     return f"{changed[0]} has changed since it was written (SHA-256 differs)" if changed else None
+
+
+def prune(root: Path, keep: int, best_step: int | None) -> None:
+    """Remove checkpoints except the newest `keep` and that of `best_step`."""
+    found = listed(root)
+    for step, path in found[: max(0, len(found) - keep)]:
+        if step != best_step:
+            # Out of sight first: a kill in the middle leaves no damaged checkpoint to be warned of.
+            removing = path.with_name(f".{path.name}.removing")
+            path.rename(removing)
+            shutil.rmtree(removing)
 
 
 def _set_aside(path: Path) -> Path:

@@ -31,6 +31,7 @@ class AnswerEvaluation:
 
     def __init__(self, ready: Ready, prepared: Prepared, path: Path) -> None:
         self._ready, self._path = ready, path
+        shutil.rmtree(path / "work" / "answers", ignore_errors=True)  # of a command that was killed
         self._questions: list[Question] = []
         if ready.config.eval.generate:
             self._questions = _questions(ready, prepared)

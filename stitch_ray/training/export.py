@@ -245,6 +245,9 @@ def check_free(out: Path, overwrite: bool) -> None:
 
 def save_model(model: Any, folder: Path) -> None:
     """Configuration, generation configuration and weights, in files of the default size."""
+    if not torch.cuda.is_available():
+        # Saving imports DeepSpeed, which looks for a GPU and complains unless it is told that there is none.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     generation = model.generation_config
     # saving refuses a generation configuration that loading took, and some published ones (temperature without sampling)
     model.generation_config = GenerationConfig()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -147,7 +148,7 @@ def _chosen_step(ready: Ready, outcome: Outcome) -> int:
 
 
 def _export(ready: Ready, path: Path, step: int, outcome: Outcome) -> None:
-    """Write `model/` on a node of the cluster, unless it is there already."""
+    """Write `model/` on a node of the cluster, unless it is there already. RuntimeError for a damaged checkpoint."""
     import ray
 
     from stitch_ray.training.export import NOTE
@@ -155,6 +156,14 @@ def _export(ready: Ready, path: Path, step: int, outcome: Outcome) -> None:
     note = path / "model" / NOTE
     if note.exists() and json.loads(note.read_text("utf-8"))["trained"].get("step") == step:
         return
+    checkpoint = path / CHECKPOINTS / checkpoints.name(step)
+    damage = checkpoints.damage(checkpoint, step)
+    if damage:
+        (path / "work" / _OUTCOME).unlink()
+        remedy = "the same command goes on from the one before" if step == outcome.step else "--overwrite trains anew"
+        raise RuntimeError(f"checkpoint {checkpoint} is damaged: {damage}; {remedy}")
+    for leftover in path.glob(".model.*"):  # of a command that was killed
+        shutil.rmtree(leftover)
     card = {
         "step": step,
         "steps": outcome.total_steps,
@@ -163,9 +172,7 @@ def _export(ready: Ready, path: Path, step: int, outcome: Outcome) -> None:
         "work_hash": ready.work_hash,
     }
     card = {name: value for name, value in card.items() if value is not None}
-    ray.get(
-        ray.remote(num_cpus=1)(export).remote(ready, path / CHECKPOINTS / checkpoints.name(step), path / "model", card)
-    )
+    ray.get(ray.remote(num_cpus=1)(export).remote(ready, checkpoint, path / "model", card))
 
 
 def export(ready: Ready, checkpoint: Path, out: Path, card: Mapping[str, Any]) -> None:
