@@ -96,7 +96,9 @@ def progress_bar() -> Iterator[Callable[[Step], None]]:
                 tasks[step.stage] = (task, time.monotonic(), step.done)
             task, started, before = tasks[step.stage]
             seconds = time.monotonic() - started
-            rate = f"{(step.done - before) / seconds:,.1f} rows/s" if seconds > 0.5 and step.done > before else ""
+            rate = (
+                f"{(step.done - before) / seconds:,.1f} {step.unit}/s" if seconds > 0.5 and step.done > before else ""
+            )
             if rate and step.tokens:
                 rate += f", {step.tokens / seconds:,.0f} tokens/s"
             bar.update(task, completed=step.done, total=step.total, rate=rate)

@@ -273,9 +273,11 @@ Progress = Callable[["Step"], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """Progress of one stage: `done` of `total` rows, and tokens so far. `total` None: not known yet."""
+    """Progress of one stage: `done` of `total` rows (or whatever `unit` says), and tokens so far. `total` None: not
+    known yet."""
 
     stage: str
     done: int
     total: int | None
     tokens: int = 0
+    unit: str = "rows"

@@ -72,7 +72,8 @@ def launch(job: WorkerJob) -> Outcome:
     except SystemExit:  # how Ray Train ends on Ctrl-C, with the exit code of success
         raise KeyboardInterrupt from None
     except TrainingFailedError as error:
-        raise RuntimeError(f"training failed: {_cause(error)}") from error
+        restarts = f"no restart is left (resources.max_failures: {resources.max_failures})"
+        raise RuntimeError(f"training failed and {restarts}: {_cause(error)}") from error
     finally:
         if threading.current_thread() is threading.main_thread():  # Ray Train leaves its own handler behind
             signal.signal(signal.SIGINT, on_interrupt)
@@ -95,8 +96,13 @@ def _train(settings: Mapping[str, Any]) -> Outcome | _Refused:
 
 
 def _cause(error: BaseException) -> str:
-    """The first failure of a worker, in one line."""
+    """Why the workers failed the last time, in one line. The others fail as well when one of them dies."""
+    from ray.exceptions import RayActorError
+
     failures = getattr(error, "worker_failures", None) or {}
+    for rank, failure in failures.items():
+        if isinstance(getattr(failure, "health_check_failure", failure), RayActorError):
+            return f"worker {rank} died: killed, out of memory, or lost with its node"
     first = next(iter(failures.values()), error)
     last = [line for line in str(first).strip().splitlines() if line.strip()]
     return last[-1] if last else type(first).__name__

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stitch_ray import ray_session
+from stitch_ray.config.finetune import FinetuneConfig
 from stitch_ray.report.training import write_report
 from stitch_ray.runs import Progress, RunFolder, Step, Summary, write_json
 from stitch_ray.training import checkpoints, dataset
@@ -19,6 +20,7 @@ from stitch_ray.training.evaluation import AnswerEvaluation
 from stitch_ray.training.job import CHECKPOINTS, METRICS, Outcome, WorkerJob, run_plan
 from stitch_ray.training.launch import launch
 from stitch_ray.training.metrics import MetricsLog
+from stitch_ray.training.plan import StepPlan
 from stitch_ray.training.preflight import Ready
 from stitch_ray.training.watch import watching
 
@@ -42,6 +44,7 @@ def run(ready: Ready, folder: RunFolder, progress: Progress = lambda step: None)
     folder.write_quarantine(prepared.quarantined)
     folder.manifest.update(_counts(ready, prepared))
     folder.manifest.update(total_steps=plan.total_steps, model_parameters=ready.num_parameters)
+    folder.manifest["packed"] = _packed(config, plan, prepared)
     folder.save()
 
     evaluation = AnswerEvaluation(ready, prepared, folder.path)
@@ -54,7 +57,7 @@ def run(ready: Ready, folder: RunFolder, progress: Progress = lambda step: None)
 
     outcome = _read_outcome(folder.path)
     if outcome is None:
-        progress(Step(stage="training", done=0, total=plan.total_steps))
+        progress(Step(stage="training", done=0, total=plan.total_steps, unit="steps"))
         report()
         job = WorkerJob(
             config=config, folder=folder.path, data=prepared.folder, step_log=os.environ.get(CALL_LOG_VARIABLE)
@@ -119,6 +122,20 @@ def _counts(ready: Ready, prepared: dataset.Prepared) -> dict[str, Any]:
         },
         "seed": ready.config.seed,
     }
+
+
+def _packed(config: FinetuneConfig, plan: StepPlan, prepared: dataset.Prepared) -> float | None:
+    """Share of the room in the micro-batches of the first epoch that tokens take; None without packing by tokens."""
+    if not config.packing or config.batch_tokens is None:
+        return None
+    tokens = rows = 0
+    for number in range(plan.total_steps):
+        if plan.epoch(number) >= 1:
+            break
+        for micro in plan.step(number):
+            rows += 1
+            tokens += int(prepared.train.lengths[list(micro)].sum())
+    return round(tokens / (rows * config.batch_tokens), 4)
 
 
 def _facts(

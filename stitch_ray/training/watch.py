@@ -94,4 +94,6 @@ class _Watcher:
                 print(f"warning: {text}", file=sys.stderr, flush=True)
         if record["kind"] == "step":
             self.tokens += int(record["tokens"])
-            self.progress(Step(stage="training", done=record["step"], total=self.total_steps, tokens=self.tokens))
+            self.progress(
+                Step(stage="training", done=record["step"], total=self.total_steps, tokens=self.tokens, unit="steps")
+            )
