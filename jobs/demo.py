@@ -36,7 +36,7 @@ def demo(
         config = as_config(choosing, SelectConfig)
         selected = run_job("select", config, out / "select", overwrite=overwrite, progress=progress)
     chosen = selected.folder / "selected.jsonl"
-    kept = [json.loads(line) for line in chosen.read_text("utf-8").splitlines()]
+    kept = [json.loads(line) for line in chosen.open(encoding="utf-8")]
     good, share = (sum(row["quality"] == "good" for row in of) / len(of) for of in (kept, rows))
     print(f"good answers: {share:.0%} of the corpus, {good:.0%} of what was kept (the model is a toy)")
     print(selected.line)

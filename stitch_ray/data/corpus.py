@@ -103,7 +103,7 @@ def load_corpus(folder: Path) -> Corpus:
     quarantined = [
         Quarantined(**json.loads(line))
         for file in sorted((folder / "quarantine").glob("*.jsonl"))
-        for line in file.read_text("utf-8").splitlines()
+        for line in _lines(file)
     ]
     quarantined.sort(key=lambda row: (row.source, row.line))
     return Corpus(folder, tuple(folder / name for name in marker["files"]), marker["rows_in"], tuple(quarantined))
@@ -197,7 +197,7 @@ def _run(folder: Path, config: DataConfig, sources: Sequence[str]) -> None:
     files.sort(key=_first_row)
     rows_in = sum(json.loads(file.read_text()) for file in (folder / "quarantine").glob("*.count"))
     stored = sum(pq.read_metadata(file).num_rows for file in files)
-    rejected = sum(len(file.read_text("utf-8").splitlines()) for file in (folder / "quarantine").glob("*.jsonl"))
+    rejected = sum(len(_lines(file)) for file in (folder / "quarantine").glob("*.jsonl"))
     if stored + rejected != rows_in:
         raise RuntimeError(f"{rows_in} rows read, but {stored} stored and {rejected} quarantined")
     write_json(folder / _MARKER, {"rows_in": rows_in, "files": [str(file.relative_to(folder)) for file in files]})
@@ -207,6 +207,11 @@ def _first_row(file: Path) -> tuple[str, str]:
     with pq.ParquetFile(file) as parquet:
         row = next(parquet.iter_batches(1, columns=["content_id", "raw"])).to_pylist()[0]
     return row["content_id"], row["raw"]
+
+
+def _lines(file: Path) -> list[str]:
+    # Not splitlines(): JSON may hold U+2028 and the like as they are.
+    return [line for line in file.read_text("utf-8").split("\n") if line]
 
 
 def _table(examples: Sequence[Example]) -> pa.Table:

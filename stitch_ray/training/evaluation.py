@@ -62,8 +62,8 @@ class AnswerEvaluation:
 
     def _found(self) -> list[dict[str, Any]]:
         file = self._path / _FILE
-        lines = file.read_text("utf-8").splitlines() if file.exists() else []
-        return sorted((json.loads(line) for line in lines), key=lambda found: found["step"])
+        lines = file.read_text("utf-8").split("\n") if file.exists() else []
+        return sorted((json.loads(line) for line in lines if line), key=lambda found: found["step"])
 
     def _steps(self) -> set[int]:
         return {found["step"] for found in self._found()}

@@ -93,7 +93,7 @@ def selected_of(folder: Path) -> list[Record]:
 
 
 def read_lines(path: Path) -> list[Record]:
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    return [json.loads(line) for line in path.open(encoding="utf-8")]
 
 
 def write_lines(path: Path, rows: Sequence[Record | str]) -> Path:
@@ -497,7 +497,7 @@ def test_poisoned_rows_are_quarantined_with_file_line_and_reason(
 ) -> None:
     good = rows[:12]
     bad: dict[int, tuple[Record | str, str]] = {
-        2: ('{"instruction": "cut off', "invalid JSON"),
+        2: ('{"instruction": "cut\u2028off', "invalid JSON"),  # a line separator to Unicode, not to JSON lines
         5: ({"instruction": "No output."}, "missing field 'output'"),
         7: ({"instruction": "Say nothing.", "input": "", "output": "  \n"}, "empty response"),
         8: ({"instruction": "Type.", "input": "", "output": 7}, "number, expected text"),
