@@ -11,11 +11,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.save_and_load import load_peft_weights
 from torch import nn
+from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from stitch_ray.config.finetune import AdapterConfig, BaseModelConfig
 from stitch_ray.engines.fingerprint import model_folder
 from stitch_ray.engines.hf import adapter_config, check_base, load_model
+from stitch_ray.engines.pretrained import load_model_config
 from stitch_ray.errors import UserError
 
 Method = Literal["full", "lora", "qlora"]
@@ -61,6 +63,19 @@ def check_qlora(num_gpus: float) -> None:
         raise UserError("method: qlora needs a GPU for its 4-bit weights; set resources.num_gpus: 1, or method: lora")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("method: qlora needs the package bitsandbytes: pip install bitsandbytes, or set method: lora")
+
+
+def check_adapter(model: BaseModelConfig, adapter: AdapterConfig) -> None:
+    """What can be known of an adapter without reading weights. Raises UserError as `add_adapter` would, from the driver."""
+    with torch.device("meta"):
+        layers = AutoModelForCausalLM.from_config(
+            load_model_config(model.path, trust_remote_code=model.trust_remote_code),
+            trust_remote_code=model.trust_remote_code,
+        )
+    lora_config(layers, adapter)
+    if adapter.start_from is not None:
+        _check_same_kind(adapter, adapter.start_from)
+        check_base(adapter.start_from, model.path)
 
 
 def add_adapter(model: Any, adapter: AdapterConfig, *, seed: int) -> PeftModel:

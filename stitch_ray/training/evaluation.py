@@ -7,10 +7,8 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from random import Random
 from typing import Any
 
-from stitch_ray.records import Turn
 from stitch_ray.runs import fresh_folder
 from stitch_ray.training import checkpoints
 from stitch_ray.training.answers import Question, evaluate_answers, first_questions, question
@@ -108,9 +106,8 @@ def _questions(ready: Ready, prepared: Prepared) -> list[Question]:
     found = []
     for number, row in validation_examples(prepared, config):
         task = config.tasks[number]
-        rendered = next(iter(objective(task.objective or config.objective).render(row, Random(0))), None)
-        turns = [Turn(span.role, span.text) for span in (rendered.spans if rendered else ()) if span.role]
-        if len(turns) > 1 and turns[-1].role == "assistant":
+        turns = objective(task.objective or config.objective).question(row)
+        if turns is not None:
             found.append((row.content_id, question(task.name, turns)))
     return first_questions(found, config.eval.generate)
 

@@ -180,7 +180,7 @@ def _export(ready: Ready, path: Path, step: int, outcome: Outcome) -> None:
         remedy = "the same command goes on from the one before" if step == outcome.step else "--overwrite trains anew"
         raise RuntimeError(f"checkpoint {checkpoint} is damaged: {damage}; {remedy}")
     for leftover in path.glob(".model.*"):  # of a command that was killed
-        shutil.rmtree(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)
     card = {
         "step": step,
         "steps": outcome.total_steps,

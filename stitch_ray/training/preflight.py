@@ -15,7 +15,7 @@ from stitch_ray.engines.pretrained import context_length, load_model_config, loa
 from stitch_ray.errors import UserError
 from stitch_ray.prompts.chat import ChatTemplate
 from stitch_ray.records import content_hash
-from stitch_ray.training.adapters import check_qlora
+from stitch_ray.training.adapters import check_adapter, check_qlora
 from stitch_ray.training.objectives import objective
 
 
@@ -60,6 +60,8 @@ def check(config: FinetuneConfig) -> Ready:
         if "max_length" in config.model_fields_set:
             raise UserError(f"max_length: {config.max_length} exceeds the model's context of {context} tokens")
         config = config.model_copy(update={"max_length": context})
+    if config.method != "full":
+        check_adapter(config.model, config.adapter)
     tokenizer = load_tokenizer(path, trust_remote_code=code)
     sources, templates = [], []
     for task in config.tasks:
