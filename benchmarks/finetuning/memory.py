@@ -73,7 +73,7 @@ def compare(folder: Path, source: str, data: Sequence[Example], *, repeats: int)
         f"Llama of {parameters / 1e6:.0f} M parameters, float32 ({megabytes:,.0f} MB), 2 packed rows of {_ROW_TOKENS} "
         f"tokens of {source} a step, 1 thread a worker; with 1 worker it runs both rows itself. Memory: anonymous pages "
         "of the worker with most of them (RssAnon, read every 5 ms) above what they were once everything was imported. "
-        "With one node, weights and optimizer are the model "
+        "With one worker, weights and optimizer are the model "
         f"({megabytes:,.0f} MB), its float32 master copy, and two moments; ZeRO-1 shares out the last three, 2 gradients "
         "too, 3 weights too. At the start every worker loads the whole model, whatever the stage. Ours is on the disk and "
         f"hashed when the save ends and fits any number of workers; {repeats} saves each, in turn, a step between."

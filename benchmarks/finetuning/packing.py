@@ -165,7 +165,7 @@ def compare(
     }
     note = (
         f"{count} examples of {source}, {lengths.sum():,} tokens (mean {lengths.mean():.0f}, longest {lengths.max()}), "
-        f"float32, {torch.get_num_threads()} threads, forward and backward. Ours against "
+        f"float32, {torch.get_num_threads()} threads, forward and backward. The better of ours against "
         + ", ".join(f"{name}: {text}" for name, text in against.items())
         + f". Largest difference of the losses: {spread:.1e} (bar 1e-5: {'met' if spread <= 1e-5 else 'MISSED'}). "
         f"Rows packed from all {len(whole)} examples are filled to "
