@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stitch_ray.runs import fresh_folder
+from stitch_ray.runs import fresh_folder, write_text
 from stitch_ray.training import checkpoints
 from stitch_ray.training.answers import Question, evaluate_answers, first_questions, question
 from stitch_ray.training.dataset import Prepared, validation_examples
@@ -95,8 +95,8 @@ class AnswerEvaluation:
         if done:
             found = ray.get(self._running)
             self._running = None
-            with (self._path / _FILE).open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(found, ensure_ascii=False) + "\n")
+            every = [*self._found(), found]
+            write_text(self._path / _FILE, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in every))
             shutil.rmtree(self._path / "work" / "answers" / f"step-{found['step']}", ignore_errors=True)
 
 

@@ -35,7 +35,7 @@ def state_file(rank: int, number: int) -> str:
 def save_state(engine: deepspeed.DeepSpeedEngine, folder: Path, rank: int, world_size: int) -> list[str]:
     """Write this worker's share of the state into `folder`; returns the names of its files. Collective."""
     step = int(_adam_steps(engine)[0].item())
-    header = {"format": "pt", "adam_step": str(step)}
+    header = {"adam_step": str(step)}  # one key: safetensors writes several in any order
     trainable = _trainable(engine)
     owners = _owners([_num_elements(parameter) for parameter in trainable.values()], world_size)
     files: list[str] = []

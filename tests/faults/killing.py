@@ -61,7 +61,7 @@ class Command:
 
     def workers(self, title: str) -> list[int]:
         """Process ids of the Ray workers whose title begins so, in ascending order."""
-        return sorted(pid for pid in self.processes() if _title(pid).startswith(title))
+        return sorted(pid for pid in self.processes() if title_of(pid).startswith(title))
 
     def processes(self) -> list[int]:
         """Ids of all its processes that are alive."""
@@ -145,7 +145,7 @@ def workers_below(roots: Sequence[int], title: str) -> list[int]:
     while left:
         pid = left.pop()
         left += children.get(pid, [])
-        if _title(pid).startswith(title):
+        if title_of(pid).startswith(title):
             found.append(pid)
     return found
 
@@ -165,7 +165,8 @@ def _marked(mark: str) -> list[int]:
     return found
 
 
-def _title(pid: int) -> str:
+def title_of(pid: int) -> str:
+    """Its command line, or what Ray shows in its place; empty if it is gone."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
     except OSError:
