@@ -42,7 +42,11 @@ class Ready:
 def check(config: FinetuneConfig) -> Ready:
     """Raises UserError for a missing input or model, a template that cannot be used, or a method that cannot run."""
     path, code = config.model.path, config.model.trust_remote_code
-    if model_folder(path) is None:
+    try:
+        folder = model_folder(path)
+    except UserError as error:
+        raise UserError(f"model.path: {error}") from error
+    if folder is None:
         raise UserError(
             f"model.path: {path}: no such folder, and no such model in the local Hugging Face cache "
             f"(hf download {path} puts it there)"
