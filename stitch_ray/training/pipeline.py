@@ -39,7 +39,6 @@ def run(ready: Ready, folder: RunFolder, progress: Progress = lambda step: None)
     config = ready.config
     check_cluster(ready, folder.path)
     prepared = dataset.build(folder.path / "work" / "data", config, config.model.path, progress)
-    folder.disposable = False
     plan = run_plan(config, prepared.train.lengths, prepared.train.task_ids)
     folder.write_quarantine(prepared.quarantined)
     folder.manifest.update(_counts(ready, prepared))
@@ -55,6 +54,10 @@ def run(ready: Ready, folder: RunFolder, progress: Progress = lambda step: None)
             folder.path / "report.html", config, _facts(ready, folder, prepared, evaluation), records, live=live
         )
 
+    def on_record(record: Mapping[str, Any]) -> None:
+        folder.disposable = False  # the workers have not refused: from here on there is something to resume
+        evaluation.on_record(record)
+
     outcome = _read_outcome(folder.path)
     if outcome is None:
         progress(Step(stage="training", done=0, total=plan.total_steps, unit="steps"))
@@ -67,7 +70,7 @@ def run(ready: Ready, folder: RunFolder, progress: Progress = lambda step: None)
             progress=progress,
             total_steps=plan.total_steps,
             write_report=report,
-            on_record=evaluation.on_record,
+            on_record=on_record,
         ):
             outcome = launch(job)
         evaluation.finish()

@@ -1,6 +1,7 @@
 """Jobs sent to a real Ray head of their own, started on free ports and stopped with everything it started."""
 
 import contextlib
+import json
 import os
 import secrets
 import shlex
@@ -15,9 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from ray.job_submission import JobStatus
+from typer.testing import CliRunner
 
 import stitch_ray
+from stitch_ray.cli import app
 from stitch_ray.errors import UserError
 from stitch_ray.submission import _connect, _submit_entrypoint, submit
 
@@ -227,3 +231,25 @@ def test_a_cluster_out_of_reach_is_named(tmp_path: Path, address: str) -> None:
     config.write_text("rows: 3\n")
     with pytest.raises(UserError, match=address):
         submit("select", config, address=address, work_hash="0123456789abcdef")
+
+
+@pytest.mark.slow
+def test_finetune_runs_as_a_job_on_a_cluster(head: str, tiny_model: Path, corpus_file: Path, tmp_path: Path) -> None:
+    config = {
+        "model": {"path": str(tiny_model)},
+        "tasks": [{"name": "chat", "data": str(corpus_file)}],
+        "max_length": 256,
+        "batch": {"tokens": 512},
+        "max_steps": 2,
+        "limit": 20,
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    command = ["submit", "finetune", str(tmp_path / "config.yaml"), "--address", head, "--follow"]
+    found = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "run")])
+    assert found.exit_code == 0, found.output
+    assert "finetune: 2 steps, 20 of 20 rows" in found.stdout
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["status"] == "done"
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+    again = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "run")])
+    assert again.exit_code == 0
+    assert "not run a second time" in again.stdout
