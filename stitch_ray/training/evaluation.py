@@ -12,10 +12,10 @@ from typing import Any
 from stitch_ray.runs import fresh_folder, write_text
 from stitch_ray.training import checkpoints
 from stitch_ray.training.answers import Question, evaluate_answers, first_questions, question
-from stitch_ray.training.dataset import Prepared, validation_examples
 from stitch_ray.training.job import CHECKPOINTS
 from stitch_ray.training.objectives import objective
 from stitch_ray.training.preflight import Ready
+from stitch_ray.training.prepare import Prepared, validation_examples
 
 _FILE = "answers.jsonl"
 

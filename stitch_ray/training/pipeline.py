@@ -15,13 +15,14 @@ from stitch_ray import ray_session
 from stitch_ray.config.finetune import FinetuneConfig
 from stitch_ray.report.training import write_report
 from stitch_ray.runs import Progress, RunFolder, Step, Summary, write_json
-from stitch_ray.training import checkpoints, dataset
+from stitch_ray.training import checkpoints
 from stitch_ray.training.evaluation import AnswerEvaluation
 from stitch_ray.training.job import CHECKPOINTS, METRICS, Outcome, WorkerJob, run_plan
 from stitch_ray.training.launch import launch
 from stitch_ray.training.metrics import MetricsLog
 from stitch_ray.training.plan import StepPlan
 from stitch_ray.training.preflight import Ready
+from stitch_ray.training.prepare import Prepared, build
 from stitch_ray.training.watch import watching
 
 CALL_LOG_VARIABLE = "STITCH_RAY_CALL_LOG"
@@ -38,7 +39,7 @@ def run(ready: Ready, folder: RunFolder, progress: Progress = lambda step: None)
     """
     config = ready.config
     check_cluster(ready, folder.path)
-    prepared = dataset.build(folder.path / "work" / "data", config, config.model.path, progress)
+    prepared = build(folder.path / "work" / "data", config, config.model.path, progress)
     plan = run_plan(config, prepared.train.lengths, prepared.train.task_ids)
     folder.write_quarantine(prepared.quarantined)
     folder.manifest.update(_counts(ready, prepared))
@@ -108,7 +109,7 @@ def check_cluster(ready: Ready, path: Path) -> None:
     ray_session.require_shared(path, [*inputs, config.model.path])
 
 
-def _counts(ready: Ready, prepared: dataset.Prepared) -> dict[str, Any]:
+def _counts(ready: Ready, prepared: Prepared) -> dict[str, Any]:
     tasks = {name: asdict(counts) for name, counts in prepared.tasks.items()}
     total = {key: sum(task[key] for task in tasks.values()) for key in next(iter(tasks.values()))}
     return {
@@ -127,7 +128,7 @@ def _counts(ready: Ready, prepared: dataset.Prepared) -> dict[str, Any]:
     }
 
 
-def _packed(config: FinetuneConfig, plan: StepPlan, prepared: dataset.Prepared) -> float | None:
+def _packed(config: FinetuneConfig, plan: StepPlan, prepared: Prepared) -> float | None:
     """Share of the room in the micro-batches of the first epoch that tokens take; None without packing by tokens."""
     if not config.packing or config.batch_tokens is None:
         return None
@@ -141,9 +142,7 @@ def _packed(config: FinetuneConfig, plan: StepPlan, prepared: dataset.Prepared) 
     return round(tokens / (rows * config.batch_tokens), 4)
 
 
-def _facts(
-    ready: Ready, folder: RunFolder, prepared: dataset.Prepared, evaluation: AnswerEvaluation
-) -> Mapping[str, Any]:
+def _facts(ready: Ready, folder: RunFolder, prepared: Prepared, evaluation: AnswerEvaluation) -> Mapping[str, Any]:
     """What the report shows beside the records."""
     kept = checkpoints.listed(folder.path / CHECKPOINTS)
     return {

@@ -16,8 +16,9 @@ from stitch_ray.config.finetune import FinetuneConfig
 from stitch_ray.data import formats, readers
 from stitch_ray.data.splits import split_of
 from stitch_ray.errors import UserError
-from stitch_ray.training import dataset
-from stitch_ray.training.dataset import Prepared, TokenDataset, build, validation_examples
+from stitch_ray.training import prepare as preparation
+from stitch_ray.training.dataset import TokenDataset
+from stitch_ray.training.prepare import Prepared, build, validation_examples
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -139,7 +140,7 @@ def test_the_files_depend_on_the_rows_alone(prepare: Callable[..., Prepared], mo
     first = prepare()
     shuffled = facts()
     random.Random(1).shuffle(shuffled)
-    monkeypatch.setattr(dataset, "_ROWS_A_PIECE", 7)
+    monkeypatch.setattr(preparation, "_ROWS_A_PIECE", 7)
     other = prepare("other", {"facts": [shuffled[:5], shuffled[5:50], shuffled[50:]], "sums": [sums()[::-1]]})
     for name in FILES:
         assert (first.folder / name).read_bytes() == (other.folder / name).read_bytes(), name
@@ -191,7 +192,7 @@ def test_a_finished_folder_is_used_and_an_unfinished_one_made_anew(prepare: Call
     assert again.tasks == first.tasks
     assert again.quarantined == first.quarantined
     bytes_before = (first.folder / "train.arrow").read_bytes()
-    (first.folder / dataset.MARKER).unlink()
+    (first.folder / preparation.MARKER).unlink()
     (first.folder / "train.arrow").write_bytes(b"torn")
     (first.folder / "pieces").mkdir()
     (first.folder / "pieces" / "leftover").touch()
@@ -274,12 +275,12 @@ def test_several_records_of_a_row_are_one_row_of_the_counts(
         split={"validation": 0, "salt": SALT},
     )
     (corpus_file,) = (found.folder / "corpus").glob("*/rows/**/*.parquet")
-    monkeypatch.setattr(dataset, "objective", lambda name: Both())
+    monkeypatch.setattr(preparation, "objective", lambda name: Both())
     template = AutoTokenizer.from_pretrained(tiny_model).chat_template
     for max_length, expected in ((4096, (3, 6, 0)), (MAX_LENGTH, (3, 3, 3))):
-        job = dataset._Job(0, config, str(tiny_model), template, max_length)
-        piece = dataset._Piece(found.folder / "again", 0, corpus_file, 0, ("a", "b", "c"))
-        dataset._encode_piece(piece, job)
+        job = preparation._Job(0, config, str(tiny_model), template, max_length)
+        piece = preparation._Piece(found.folder / "again", 0, corpus_file, 0, ("a", "b", "c"))
+        preparation._encode_piece(piece, job)
         counts = json.loads((piece.path / "counts.json").read_text())["counts"]
         assert (counts["train"], counts["train_records"], counts["truncated"]) == expected
     assert all(np.ptp(numbers) == 0 for numbers in drawn.values()), "chance depends on the content alone"
