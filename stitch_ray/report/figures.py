@@ -10,10 +10,8 @@ import hashlib
 import io
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
-from itertools import pairwise
-from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -24,16 +22,12 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLoc
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
-Curve = tuple[Floats, Floats]
-"""Steps in ascending order, and a value for each; NaN where it was not a number."""
 
 KEPT, DROPPED, INK, MISSING = "#1f6fb4", "#c3cad3", "#24292f", "#e4e7eb"
-TRAINING, RAW, VALIDATION = KEPT, "#a9c8e4", "#c2571a"
-_WIDTH = 4.4
+WIDTH = 4.4
 _BINS = 40
 _LENGTH_BINS = 24
 _FEW = 10
-_MOST_POINTS = 1000
 _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "stitch-ray",
@@ -64,12 +58,12 @@ def histograms(series: Mapping[str, Floats], kept: NDArray[np.bool_], xlabel: st
         for axes, (name, values) in zip(rows, series.items(), strict=True):
             _stacked(axes, values, kept, edges)
             if len(series) > 1:
-                axes.set_title(_label(name, 48), pad=3)
+                axes.set_title(label(name, 48), pad=3)
         rows[0].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderpad=0, handlelength=1.2)
         rows[-1].set_xlabel(xlabel)
         figure.supylabel("examples", fontsize=9)
 
-    return _svg(draw, 2.7 if len(series) == 1 else 0.75 + 0.88 * len(series), title)
+    return svg(draw, 2.7 if len(series) == 1 else 0.75 + 0.88 * len(series), title)
 
 
 def lengths(tokens: NDArray[np.int64], kept: NDArray[np.bool_], title: str) -> str:
@@ -100,7 +94,7 @@ def lengths(tokens: NDArray[np.int64], kept: NDArray[np.bool_], title: str) -> s
         bottom.xaxis.set_minor_locator(NullLocator())
         bottom.set_xlabel("tokens (log scale)")
 
-    return _svg(draw, 4.0, title)
+    return svg(draw, 4.0, title)
 
 
 def correlations(matrix: Floats, labels: Sequence[str], title: str) -> str:
@@ -111,203 +105,6 @@ def correlations(matrix: Floats, labels: Sequence[str], title: str) -> str:
 def shares(matrix: Floats, rows: Sequence[str], columns: Sequence[str], title: str, xlabel: str) -> str:
     """Shares between 0 (white) and 1 (dark), in percent."""
     return _heat_map(matrix, rows, columns, ("Blues", 0.0, 1.0), "{:.0%}", title, xlabel)
-
-
-def smoothed(values: Floats, half: int | None = None) -> Floats:
-    """Mean over `half` values on each side (default: a sixtieth of all); NaN does not count.
-
-    Towards the ends the window narrows on both sides, so that the curve does not lag, down to a quarter: a single value
-    at the very end would be as noisy as the values.
-    """
-    half = len(values) // 60 if half is None else half
-    good = np.isfinite(values)
-    sums = np.concatenate([[0.0], np.cumsum(np.where(good, values, 0.0))])
-    counts = np.concatenate([[0], np.cumsum(good)])
-    place = np.arange(len(values))
-    reach = np.maximum(np.minimum(half, np.minimum(place, len(values) - 1 - place)), half // 4)
-    low, high = np.maximum(place - reach, 0), np.minimum(place + reach + 1, len(values))
-    number = counts[high] - counts[low]
-    return np.where(number > 0, (sums[high] - sums[low]) / np.maximum(number, 1), np.nan)
-
-
-def thinned(curve: Curve, most: int = _MOST_POINTS) -> Curve:
-    """At most `most` points: of every stretch its lowest and its highest, so that no spike is lost."""
-    steps, values = curve
-    if len(steps) <= most:
-        return curve
-    edges = np.linspace(0, len(steps), most // 2 + 1).astype(np.int64)
-    chosen: list[int] = []
-    for low, high in pairwise(edges.tolist()):
-        part = values[low:high]
-        if np.isfinite(part).any():
-            chosen += sorted({low + int(np.nanargmin(part)), low + int(np.nanargmax(part))})
-        else:
-            chosen.append(low)  # keeps the gap
-    return steps[chosen], values[chosen]
-
-
-def loss_curve(training: Curve, validation: Curve, restarts: Sequence[int], title: str) -> str:
-    """Training loss, raw and smoothed, with the validation loss; its lowest point is ringed. Restarts are dotted."""
-
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        _loss(axes, training, validation)
-        steps, values = validation
-        if np.isfinite(values).any():
-            best = int(np.nanargmin(values))
-            ring = {"markersize": 9, "markerfacecolor": "none", "markeredgewidth": 1.4}
-            axes.plot(steps[best], values[best], "o", color=VALIDATION, label="lowest", clip_on=False, **ring)
-        _mark(axes, restarts)
-        axes.set_ylabel("loss (nats a token)")
-        axes.set_xlabel("step")
-        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderpad=0, handlelength=1.4, columnspacing=1.2)
-
-    return _svg(draw, 2.9, title)
-
-
-def loss_panels(training: Mapping[str, Curve], validation: Mapping[str, Curve], title: str) -> str:
-    """Training and validation loss of every task in a small picture of its own, each with its own loss axis."""
-
-    def draw(figure: Figure) -> None:
-        for axes, name in _panels(figure, list(training), share=False):
-            _loss(axes, training[name], validation.get(name, (np.empty(0), np.empty(0))))
-
-    return _svg(draw, _panels_height(len(training)), title)
-
-
-def weight_panels(weights: Mapping[str, Curve], title: str) -> str:
-    """The weight of every task on common axes; the dashed line is an equal share."""
-    equal = 1 / len(weights)
-    highest = max(float(values.max(initial=equal)) for _, values in weights.values())
-
-    def draw(figure: Figure) -> None:
-        for axes, name in _panels(figure, list(weights), share=True):
-            axes.axhline(equal, color=INK, linewidth=0.8, linestyle="--")
-            axes.plot(*thinned(weights[name]), color=TRAINING, linewidth=1.3, **_dots(weights[name]))
-            axes.set_ylim(0, 1.08 * highest)
-
-    return _svg(draw, _panels_height(len(weights)), title)
-
-
-def optimizer(learning_rate: Curve, grad_norm: Curve, max_grad_norm: float | None, title: str) -> str:
-    """Learning rate above, norm of the gradient before clipping below; the dashed line is where it is clipped."""
-
-    def draw(figure: Figure) -> None:
-        top, bottom = figure.subplots(2, 1, sharex=True)
-        top.plot(*thinned(learning_rate), color=TRAINING, linewidth=1.3, **_dots(learning_rate))
-        _from_zero(top, learning_rate[1])
-        top.set_ylabel("learning rate")
-        top.yaxis.set_major_locator(MaxNLocator(nbins=4))
-        _level(bottom, grad_norm, smoothed(grad_norm[1]))
-        values = grad_norm[1][np.isfinite(grad_norm[1]) & (grad_norm[1] > 0)]
-        if len(values) and values.max() > 20 * np.median(values):
-            bottom.set_yscale("log")
-        else:
-            _from_zero(bottom, values)
-            bottom.yaxis.set_major_locator(MaxNLocator(nbins=4))
-        if max_grad_norm is not None:
-            bottom.axhline(max_grad_norm, color=INK, linewidth=0.9, linestyle="--")
-        bottom.set_ylabel("gradient norm")
-        bottom.set_xlabel("step")
-        _step_axis(bottom)
-        figure.align_ylabels()
-
-    return _svg(draw, 3.4, title)
-
-
-def throughput(speed: Curve, workers: Curve, restarts: Sequence[int], title: str) -> str:
-    """Tokens a second over the steps; the number of workers below it if that changed. Restarts are dotted."""
-    changed = len(np.unique(workers[1])) > 1
-
-    def draw(figure: Figure) -> None:
-        rows = figure.subplots(2 if changed else 1, 1, sharex=True, squeeze=False, height_ratios=[3, 1][: 1 + changed])
-        axes = rows[0, 0]
-        stretches = np.split(speed[1], np.searchsorted(speed[0], restarts, side="right"))
-        _level(axes, speed, np.concatenate([smoothed(part, len(speed[0]) // 60) for part in stretches]))
-        _from_zero(axes, speed[1])
-        axes.set_ylabel("tokens a second")
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-        if changed:
-            kept = np.flatnonzero(np.diff(workers[1], prepend=np.nan, append=np.nan) != 0)
-            kept = np.unique(np.clip(np.concatenate([kept, kept - 1]), 0, len(workers[0]) - 1))
-            rows[1, 0].plot(workers[0][kept], workers[1][kept], color=TRAINING, linewidth=1.5, drawstyle="steps-post")
-            _from_zero(rows[1, 0], workers[1])
-            rows[1, 0].yaxis.set_major_locator(MaxNLocator(nbins=2, integer=True))
-            rows[1, 0].set_ylabel("workers")
-        for row in rows[:, 0]:
-            _mark(row, restarts)
-        rows[-1, 0].set_xlabel("step")
-        _step_axis(rows[-1, 0])
-        figure.align_ylabels()
-
-    return _svg(draw, 3.2 if changed else 2.6, title)
-
-
-def _loss(axes: Axes, training: Curve, validation: Curve) -> None:
-    """One loss axis that shows the course; a few much higher raw values may leave it at the top."""
-    values = training[1]
-    line = smoothed(values)
-    _level(axes, training, line, label="training")
-    few = len(validation[0]) <= 60
-    style = {"marker": "o", "markersize": 3.2} if few else {}
-    if len(validation[0]):
-        axes.plot(*thinned(validation), color=VALIDATION, linewidth=1.1, label="validation", **style)
-    usual = values[np.isfinite(values)]
-    shown = np.concatenate([np.percentile(usual, [0.5, 99.5]) if len(usual) else [], line, validation[1]])
-    shown = shown[np.isfinite(shown)]
-    if len(shown):
-        low, high = shown.min(), shown.max()
-        room = 0.06 * (high - low) or 0.1 * max(1e-6, abs(high))
-        axes.set_ylim(low - room, high + room)
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
-    _step_axis(axes)
-
-
-def _level(axes: Axes, curve: Curve, level: Floats, **style: Any) -> None:
-    """The values, pale, below their smoothed course; where they are too few to smooth both are the same."""
-    if len(level) >= 60:
-        axes.plot(*thinned(curve), color=RAW, linewidth=0.7)
-    axes.plot(*thinned((curve[0], level)), color=TRAINING, linewidth=1.5, **_dots(curve), **style)
-
-
-def _panels(figure: Figure, names: Sequence[str], *, share: bool) -> Iterator[tuple[Axes, str]]:
-    """Two panels a row with a title each, steps below the lowest of each column."""
-    columns = min(2, len(names))
-    grid = figure.subplots(-(-len(names) // columns), columns, sharex=True, sharey=share, squeeze=False).ravel()
-    for place, axes in enumerate(grid):
-        if place >= len(names):
-            axes.set_visible(False)
-            continue
-        axes.set_title(_label(names[place], 26), pad=3)
-        yield axes, names[place]
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=3))
-        _step_axis(axes, nbins=3)
-        axes.tick_params(labelbottom=place + columns >= len(names))
-    figure.supxlabel("step", fontsize=9)
-
-
-def _panels_height(count: int) -> float:
-    return 0.5 + 1.15 * -(-count // 2)
-
-
-def _from_zero(axes: Axes, values: Floats) -> None:
-    axes.set_ylim(0, 1.1 * float(np.nanmax(values, initial=0.0)) or 1.0)
-
-
-def _dots(curve: Curve) -> dict[str, Any]:
-    """Points where there are so few that a line hardly shows."""
-    return {"marker": "o", "markersize": 3} if len(curve[0]) <= 12 else {}
-
-
-def _mark(axes: Axes, steps: Sequence[int]) -> None:
-    for step in steps:
-        axes.axvline(step, color=INK, linewidth=0.9, linestyle=":")
-
-
-def _step_axis(axes: Axes, nbins: int = 5) -> None:
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=nbins, integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
 def _heat_map(
@@ -321,7 +118,7 @@ def _heat_map(
 ) -> str:
     name, low, high = scale
     colours = mpl.colormaps[name].with_extremes(bad=MISSING)
-    row_names, column_names = [_label(text, 26) for text in rows], list(columns)
+    row_names, column_names = [label(text, 26) for text in rows], list(columns)
     if max(map(len, column_names)) > 44 / len(columns):  # too long to stand side by side: number them
         column_names = [f"({position + 1})" for position in range(len(columns))]
         row_names = [f"{text} ({position + 1})" for position, text in enumerate(row_names)]
@@ -351,7 +148,7 @@ def _heat_map(
         axes.spines[:].set_visible(False)
         axes.set_xlabel(xlabel)
 
-    return _svg(draw, max(1.2, 0.38 * len(rows)) + (0.5 if xlabel else 0.3), title)
+    return svg(draw, max(1.2, 0.38 * len(rows)) + (0.5 if xlabel else 0.3), title)
 
 
 def _stacked(axes: Axes, values: Floats, kept: NDArray[np.bool_], edges: Floats) -> None:
@@ -382,28 +179,28 @@ def _log_ticks(low: float, high: float) -> list[float]:
     return [float(low)] if high - low < 3 else [float(low), float(high)]
 
 
-def _label(text: str, longest: int) -> str:
+def label(text: str, longest: int) -> str:
     """One printable line of at most `longest` characters."""
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return line if len(line) <= longest else f"{line[: longest - 1]}…"
 
 
-def _svg(draw: Callable[[Figure], None], height: float, title: str) -> str:
+def svg(draw: Callable[[Figure], None], height: float, title: str) -> str:
     """Draw on a fresh figure without pyplot, and return the element with ids of its own, fit for inline use."""
     with mpl.rc_context(_STYLE), warnings.catch_warnings():
         # Matplotlib measures with its own font, which lacks many scripts; the browser draws the text.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        figure = Figure(figsize=(_WIDTH, height), layout="constrained", facecolor="white")
+        figure = Figure(figsize=(WIDTH, height), layout="constrained", facecolor="white")
         FigureCanvasSVG(figure)
         draw(figure)
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    svg = file.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<style.*?</style>", "", svg, count=1, flags=re.DOTALL)  # would hold for the whole page
-    own = f"f{hashlib.sha256((title + svg).encode()).hexdigest()[:8]}-"
-    svg = re.sub(r'(\bid="|url\(#|xlink:href="#)', rf"\g<1>{own}", svg)
-    size = re.search(r'viewBox="([^"]+)"', svg)
+    text = file.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<style.*?</style>", "", text, count=1, flags=re.DOTALL)  # would hold for the whole page
+    own = f"f{hashlib.sha256((title + text).encode()).hexdigest()[:8]}-"
+    text = re.sub(r'(\bid="|url\(#|xlink:href="#)', rf"\g<1>{own}", text)
+    size = re.search(r'viewBox="([^"]+)"', text)
     assert size
     head = f'<svg viewBox="{size[1]}" role="img" aria-label="{escape(title)}">'
-    return head + svg[svg.index(">") + 1 :].replace("xlink:href", "href").rstrip()
+    return head + text[text.index(">") + 1 :].replace("xlink:href", "href").rstrip()

@@ -13,8 +13,8 @@ import yaml
 from numpy.typing import NDArray
 
 from stitch_ray.config.finetune import FinetuneConfig
-from stitch_ray.report import figures
-from stitch_ray.report.figures import Curve
+from stitch_ray.report import curves
+from stitch_ray.report.curves import Curve
 from stitch_ray.report.html import number, percent, render
 from stitch_ray.runs import write_text
 
@@ -198,7 +198,7 @@ def _loss_figure(log: _Log) -> str | None:
     if not log.steps:
         return None
     restarts = [record["step"] for record in log.restarts]
-    return figures.loss_curve(_curve(log.steps, "loss"), _curve(log.validations, "loss"), restarts, "Loss")
+    return curves.loss_curve(_curve(log.steps, "loss"), _curve(log.validations, "loss"), restarts, "Loss")
 
 
 def _panels(log: _Log, names: Sequence[str]) -> str | None:
@@ -206,29 +206,29 @@ def _panels(log: _Log, names: Sequence[str]) -> str | None:
     if len(names) == 1 or not log.steps:
         return None
     validation = {name: _curve(log.validations, "tasks", name) for name in training}
-    return figures.loss_panels(training, validation, "Loss of every task")
+    return curves.loss_panels(training, validation, "Loss of every task")
 
 
 def _weights(log: _Log, names: Sequence[str]) -> str | None:
     """None where the weights never change."""
-    curves = {name: _curve(log.steps, "task_weights", name) for name in names}
-    if not any(len(values) and np.ptp(values) > 1e-9 for _, values in curves.values()):
+    weights = {name: _curve(log.steps, "task_weights", name) for name in names}
+    if not any(len(values) and np.ptp(values) > 1e-9 for _, values in weights.values()):
         return None
-    return figures.weight_panels({name: curves[name] for name in names[:_MOST_TASKS]}, "Task weights")
+    return curves.weight_panels({name: weights[name] for name in names[:_MOST_TASKS]}, "Task weights")
 
 
 def _optimizer(log: _Log, config: FinetuneConfig) -> str | None:
     if not log.steps:
         return None
     rate, norm = _curve(log.steps, "lr"), _curve(log.steps, "grad_norm")
-    return figures.optimizer(rate, norm, config.optimizer.max_grad_norm, "Learning rate and gradient norm")
+    return curves.optimizer(rate, norm, config.optimizer.max_grad_norm, "Learning rate and gradient norm")
 
 
 def _throughput(log: _Log) -> str | None:
     if not log.steps:
         return None
     speed, workers = _curve(log.steps, "tokens_per_second"), _curve(log.steps, "workers")
-    return figures.throughput(speed, workers, [record["step"] for record in log.restarts], "Tokens a second")
+    return curves.throughput(speed, workers, [record["step"] for record in log.restarts], "Tokens a second")
 
 
 def _results(log: _Log, names: Sequence[str]) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from stitch_ray.config.finetune import FinetuneConfig
-from stitch_ray.report import figures
+from stitch_ray.report import curves
 from stitch_ray.report.training import write_report
 
 VOID = {"area", "base", "br", "col", "hr", "img", "input", "link", "meta", "source", "wbr"}
@@ -61,7 +61,7 @@ class Page(HTMLParser):
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes most of the time, and many tests are about words."""
-    monkeypatch.setattr(figures, "_svg", lambda draw, height, title: "<svg></svg>")
+    monkeypatch.setattr(curves, "svg", lambda draw, height, title: "<svg></svg>")
 
 
 def config(tasks: int = 2, **changes: Any) -> FinetuneConfig:
@@ -140,32 +140,32 @@ def test_a_long_run_is_drawn_with_few_points(tmp_path: Path) -> None:
     steps = np.arange(100_000, dtype=np.float64)
     values = np.random.default_rng(0).normal(size=100_000)
     values[54_321] = 99.0
-    x, y = figures.thinned((steps, values))
+    x, y = curves.thinned((steps, values))
     assert len(x) <= 1000
     assert (np.diff(x) > 0).all()
     assert (x[0] < 200, x[-1] > 99_800, y.max()) == (True, True, 99.0)
-    svg = figures.loss_curve((steps, values), (steps[::1000], values[::1000]), [], "Loss")
+    svg = curves.loss_curve((steps, values), (steps[::1000], values[::1000]), [], "Loss")
     assert len(svg) < 120_000
 
 
 def test_thinning_keeps_gaps_and_short_curves() -> None:
     values = np.ones(5000)
     values[2000:3000] = np.nan
-    x, y = figures.thinned((np.arange(5000.0), values))
+    x, y = curves.thinned((np.arange(5000.0), values))
     assert np.isnan(y[(x >= 2000) & (x < 3000)]).any()
     short = (np.arange(3.0), np.array([1.0, 5.0, 2.0]))
-    assert figures.thinned(short) is short
+    assert curves.thinned(short) is short
 
 
 def test_smoothing_is_a_centred_mean_that_skips_what_is_not_a_number() -> None:
     line = np.arange(300.0)
-    assert figures.smoothed(line)[1:-1] == pytest.approx(line[1:-1])
-    assert figures.smoothed(line)[0] == pytest.approx(0.5)
+    assert curves.smoothed(line)[1:-1] == pytest.approx(line[1:-1])
+    assert curves.smoothed(line)[0] == pytest.approx(0.5)
     values = np.where(np.arange(120) % 2, 1.0, 3.0)
-    assert figures.smoothed(values)[60] == pytest.approx((3 * 3 + 2 * 1) / 5)
+    assert curves.smoothed(values)[60] == pytest.approx((3 * 3 + 2 * 1) / 5)
     values[61] = np.nan
-    assert figures.smoothed(values)[60] == pytest.approx((3 * 3 + 1) / 4)
-    assert np.isnan(figures.smoothed(np.full(3, np.nan))).all()
+    assert curves.smoothed(values)[60] == pytest.approx((3 * 3 + 1) / 4)
+    assert np.isnan(curves.smoothed(np.full(3, np.nan))).all()
 
 
 @pytest.mark.usefixtures("no_figures")
