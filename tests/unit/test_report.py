@@ -1,7 +1,6 @@
 """The report of `select`, on small objects made here: no Ray, no model."""
 
 import json
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -24,41 +23,10 @@ from stitch_ray.selection.preflight import Ready, ReadyModel
 from stitch_ray.selection.results import write_results
 from stitch_ray.selection.table import Ratings, score
 from stitch_ray.selection.usage import Usage
+from tests.page import Page
 
-VOID = {"area", "base", "br", "col", "hr", "img", "input", "link", "meta", "source", "wbr"}
 EVIL = '</div><script>alert("x")</script><img src=http://evil.example/x.png onerror=alert(1)> & \'"'
 MODELS = ["alpha-0.5B", "beta-7B"]
-
-
-class Page(HTMLParser):
-    """Tags with their attributes, and the text; unbalanced tags fail."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self._open: list[str] = []
-        self.feed(html)
-        self.close()
-        assert self._open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.words).split())
 
 
 def corpus_row(index: int, task: str | None, instruction: str, response: str) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """The report of `finetune`, on records made here: no Ray, no model."""
 
 import math
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,8 @@ import pytest
 from stitch_ray.config.finetune import FinetuneConfig
 from stitch_ray.report import curves
 from stitch_ray.report.training import write_report
+from tests.page import Page
 
-VOID = {"area", "base", "br", "col", "hr", "img", "input", "link", "meta", "source", "wbr"}
 EVIL = "</title><title></div><script>alert(1)</script>"
 COUNTS = {
     "rows_in": 1000,
@@ -25,37 +24,6 @@ COUNTS = {
     "tokens": 200_000,
     "loss_tokens": 100_000,
 }
-
-
-class Page(HTMLParser):
-    """Tags with their attributes, and the text; unbalanced tags fail."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self._open: list[str] = []
-        self.feed(html)
-        self.close()
-        assert self._open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.words).split())
 
 
 @pytest.fixture
