@@ -30,7 +30,7 @@ Record = dict[str, Any]
 
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
-# Dense bf16 (V100, T4: fp16) tensor-core TFLOP/s, from NVIDIA's data sheets. The first match counts.
+# Dense bf16 (V100, T4: fp16) tensor-core TFLOP/s as NVIDIA publishes them; not measured here. The first match counts.
 _PEAK_TFLOPS = (
     (r"H100.*(PCIe|NVL)|H200 NVL", None),  # slower variants that are not listed here
     (r"\bG?H[12]00\b", 989.0),
