@@ -8,9 +8,9 @@ trained = finetune({"model": {"path": "some/model"}, "tasks": [{"name": "chat", 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stitch_ray.api import finetune, select
+    from stitch_ray.api import calibrate, finetune, sample_answers, select, train_scorer
 
-__all__ = ["finetune", "select"]
+__all__ = ["calibrate", "finetune", "sample_answers", "select", "train_scorer"]
 
 
 def __getattr__(name: str) -> Any:

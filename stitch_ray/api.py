@@ -9,15 +9,24 @@ from typing import Any, Protocol, TypeVar
 
 from stitch_ray.config import CONFIGS
 from stitch_ray.config.base import Strict
+from stitch_ray.config.calibrate import CalibrateConfig
 from stitch_ray.config.finetune import FinetuneConfig
 from stitch_ray.config.loading import load_config, validate
+from stitch_ray.config.sample_answers import SampleAnswersConfig
 from stitch_ray.config.select import SelectConfig
+from stitch_ray.config.train_scorer import TrainScorerConfig
 from stitch_ray.runs import Progress, RunFolder, Summary, check_writable
 
 RUNS = Path("runs")
 
-_AREAS = {"select": "selection", "finetune": "training"}
-"""Job -> the package with its `preflight.check` and its `pipeline.check_cluster` and `pipeline.run`."""
+_AREAS = {
+    "select": "selection",
+    "finetune": "training",
+    "sample-answers": "reliability.answers",
+    "train-scorer": "reliability.scorer",
+    "calibrate": "reliability.risk",
+}
+"""Job -> the package with its `preflight.check`, `estimate.describe`, `pipeline.check_cluster` and `pipeline.run`."""
 
 _Config = TypeVar("_Config", bound=Strict)
 
@@ -61,6 +70,51 @@ def finetune(
     return run_job("finetune", as_config(config, FinetuneConfig), out, address=address, overwrite=overwrite).folder
 
 
+def sample_answers(
+    config: SampleAnswersConfig | Mapping[str, Any] | Path | str,
+    out: Path | str | None = None,
+    *,
+    address: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Sample candidate answers, label them, compute uncertainty signals; return the run folder with `answers.parquet`.
+
+    Arguments and errors as in `select`.
+    """
+    settings = as_config(config, SampleAnswersConfig)
+    return run_job("sample-answers", settings, out, address=address, overwrite=overwrite).folder
+
+
+def train_scorer(
+    config: TrainScorerConfig | Mapping[str, Any] | Path | str,
+    out: Path | str | None = None,
+    *,
+    address: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Train a reliability scorer on labelled answers; return the run folder, which holds `scorer.json`.
+
+    Arguments and errors as in `select`.
+    """
+    settings = as_config(config, TrainScorerConfig)
+    return run_job("train-scorer", settings, out, address=address, overwrite=overwrite).folder
+
+
+def calibrate(
+    config: CalibrateConfig | Mapping[str, Any] | Path | str,
+    out: Path | str | None = None,
+    *,
+    address: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Choose the threshold from which an answer is given, with a guarantee; return the run folder with `policy.json`.
+
+    Arguments and errors as in `select`.
+    """
+    settings = as_config(config, CalibrateConfig)
+    return run_job("calibrate", settings, out, address=address, overwrite=overwrite).folder
+
+
 def as_config(config: _Config | Mapping[str, Any] | Path | str, model: type[_Config]) -> _Config:
     """A validated configuration from any of the forms that the functions here take."""
     if isinstance(config, model):
@@ -76,6 +130,12 @@ def check(job: str, config: Strict) -> Ready:
     assert isinstance(config, CONFIGS[job])
     ready: Ready = _module(job, "preflight").check(config)
     return ready
+
+
+def describe(job: str, config: Strict) -> str:
+    """What `job` would read and do, as text. Raises what `check` does; changes nothing."""
+    text: str = _module(job, "estimate").describe(check(job, config))
+    return text
 
 
 def default_folder(job: str, ready: Ready) -> Path:

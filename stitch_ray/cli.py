@@ -9,14 +9,17 @@ from typing import Annotated, Any
 
 import typer
 
+from jobs.calibrate import calibrate
 from jobs.demo import demo
 from jobs.doctor import doctor
 from jobs.finetune import finetune
 from jobs.merge import merge
+from jobs.sample_answers import sample_answers
 from jobs.select import select
 from jobs.submit import submit
 from jobs.tiny_model import tiny_model
-from stitch_ray.api import check
+from jobs.train_scorer import train_scorer
+from stitch_ray.api import check, describe
 from stitch_ray.config import CONFIGS, load_config
 from stitch_ray.console import Config, Set, exits
 from stitch_ray.errors import UserError
@@ -33,7 +36,8 @@ app = typer.Typer(
 
 Job = Annotated[str, typer.Argument(help=f"one of: {', '.join(CONFIGS)}", metavar="JOB", show_default=False)]
 
-for command in (demo, select, finetune, merge, tiny_model, submit, doctor):
+_JOBS = (demo, select, finetune, sample_answers, train_scorer, calibrate, merge, tiny_model, submit, doctor)
+for command in _JOBS:
     app.command(name=command.__name__.replace("_", "-"))(command)
 
 
@@ -55,9 +59,13 @@ def schema(job: Job) -> None:
 
 @app.command()
 @exits
-def plan(config: Config, set_: Set = None) -> None:
-    """Say what `select` would read and rate and how long it would take at least (as select --dry-run)."""
-    select(config, set_=set_, dry_run=True)
+def plan(
+    config: Config,
+    set_: Set = None,
+    job: Annotated[str, typer.Option("--job", help=f"one of: {', '.join(CONFIGS)}")] = "select",
+) -> None:
+    """Say what a job would read and do, and how long at least where that can be told (as --dry-run)."""
+    print(describe(job, load_config(_known(job), config, set_ or [])))
 
 
 @app.command()

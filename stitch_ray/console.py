@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import sys
 import time
@@ -15,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from stitch_ray.config import CONFIGS, load_config
 from stitch_ray.errors import UserError
 from stitch_ray.runs import Step
 
@@ -34,6 +36,7 @@ Address = Annotated[
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="start over in a folder that holds another run")]
 Limit = Annotated[int | None, typer.Option("--limit", metavar="N", help="read only the first N rows", min=1)]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="say what would be done, and stop")]
 
 
 def exits(command: Callable[P, None]) -> Callable[P, None]:
@@ -62,6 +65,41 @@ def exits(command: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(FAILED) from None
 
     return wrapped
+
+
+def job_command(job: str, *, limit: str | None = None) -> Callable[..., None]:
+    """The command of a job: everything between its configuration and the summary that it prints last.
+
+    `limit` is the key that --limit sets; None: the job has no such option.
+    """
+
+    def command(
+        config: Config,
+        set_: Set = None,
+        out: Out = None,
+        address: Address = None,
+        overwrite: Overwrite = False,
+        limit_: Limit = None,
+        dry_run: DryRun = False,
+    ) -> None:
+        from stitch_ray.api import describe, run_job
+
+        settings = load_config(CONFIGS[job], config, [*(set_ or []), *([f"{limit}={limit_}"] if limit_ else [])])
+        if dry_run:
+            print(describe(job, settings))
+            return
+        with progress_bar() as progress:
+            summary = run_job(job, settings, out, address=address, overwrite=overwrite, progress=progress)
+        if summary.text:
+            print(summary.text)
+        print(summary.line)
+
+    command.__name__, command.__doc__ = job.replace("-", "_"), CONFIGS[job].__doc__
+    if limit is None:
+        signature = inspect.signature(command, eval_str=True)
+        options = [option for name, option in signature.parameters.items() if name != "limit_"]
+        command.__signature__ = signature.replace(parameters=options)  # type: ignore[attr-defined]
+    return exits(command)
 
 
 def user_error(error: BaseException | None) -> UserError | None:

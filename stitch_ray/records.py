@@ -52,7 +52,7 @@ class Example:
     def group_id(self) -> str:
         """Hash of the normalised question and context: equal for examples that must stay on one side of a split."""
         question = next((turn.content for turn in self.messages if turn.role == "user"), "")
-        return content_hash([_normalise(question), _normalise(self.context or "")])
+        return question_group(question, self.context)
 
 
 MESSAGES_TYPE = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
@@ -89,6 +89,35 @@ RATING_SCHEMA = pa.schema(
         ("truncated", pa.bool_()),
     ]
 )
+
+
+ANSWER_SCHEMA = pa.schema(
+    [
+        ("answer_id", pa.string()),
+        ("example_id", pa.string()),
+        ("group_id", pa.string()),
+        ("split", pa.string()),
+        ("task", pa.string()),
+        ("question", pa.string()),
+        ("context", pa.string()),
+        ("kind", pa.string()),
+        ("answer", pa.string()),
+        ("label", pa.float32()),
+        ("correct", pa.bool_()),
+        ("finish_reason", pa.string()),
+        ("tokens", pa.int32()),
+        ("logprobs", pa.list_(pa.float32())),
+        ("entropies", pa.list_(pa.float32())),
+        ("margins", pa.list_(pa.float32())),
+    ]
+)
+"""One row an answer. `kind`: greedy, sample, distractor, or what a file of answers says (default: answer). `label`: how
+right it is, in [0, 1], and `correct`; null: not labelled. The last three have a value a token, or are null."""
+
+
+def question_group(question: str, context: str | None) -> str:
+    """Hash of the normalised question and context: the unit that splits keep together."""
+    return content_hash([_normalise(question), _normalise(context or "")])
 
 
 def content_hash(value: Any) -> str:

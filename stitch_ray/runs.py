@@ -261,11 +261,15 @@ def versions() -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a job returns: its folder, the facts of its manifest, and the line that the command prints last."""
+    """What a job returns: its folder, the facts of its manifest, and the line that the command prints last.
+
+    `text` is what the command prints before it: a table, for example.
+    """
 
     folder: Path
     facts: Mapping[str, Any]
     line: str
+    text: str = ""
 
 
 Progress = Callable[["Step"], None]

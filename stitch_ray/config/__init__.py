@@ -1,11 +1,29 @@
 """One Pydantic model per job; unknown keys are errors; `--set a.b=c` overrides the file."""
 
 from stitch_ray.config.base import Strict
+from stitch_ray.config.calibrate import CalibrateConfig
 from stitch_ray.config.finetune import FinetuneConfig
 from stitch_ray.config.loading import load_config, parse_overrides
+from stitch_ray.config.sample_answers import SampleAnswersConfig
 from stitch_ray.config.select import SelectConfig
+from stitch_ray.config.train_scorer import TrainScorerConfig
 
-CONFIGS: dict[str, type[Strict]] = {"select": SelectConfig, "finetune": FinetuneConfig}
+CONFIGS: dict[str, type[Strict]] = {
+    "select": SelectConfig,
+    "finetune": FinetuneConfig,
+    "sample-answers": SampleAnswersConfig,
+    "train-scorer": TrainScorerConfig,
+    "calibrate": CalibrateConfig,
+}
 """Job name -> its configuration."""
 
-__all__ = ["CONFIGS", "FinetuneConfig", "SelectConfig", "load_config", "parse_overrides"]
+__all__ = [
+    "CONFIGS",
+    "CalibrateConfig",
+    "FinetuneConfig",
+    "SampleAnswersConfig",
+    "SelectConfig",
+    "TrainScorerConfig",
+    "load_config",
+    "parse_overrides",
+]

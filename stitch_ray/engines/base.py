@@ -46,7 +46,7 @@ class Sampling:
 class Request:
     """One prompt. Turns go through the model's chat template; text and ids are used as they are.
 
-    `continuation` is read by `loglikelihood` only.
+    `continuation` is read by `loglikelihood` and `token_statistics` only.
     """
 
     request_id: str
@@ -58,7 +58,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
-    """One sampled answer. `logprobs` and `entropies` (nats, full vocabulary) have one value a token when asked for."""
+    """One sampled answer. The last three have one value a token when asked for; see `TokenStatistics`."""
 
     text: str
     token_ids: Ids
@@ -67,6 +67,20 @@ class Generation:
     cached_tokens: int = 0
     logprobs: tuple[float, ...] | None = None
     entropies: tuple[float, ...] | None = None
+    margins: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenStatistics:
+    """What the model says about every token of an answer, before temperature and top_p.
+
+    `logprobs`: of the token itself (nats). `entropies`: of the whole vocabulary (nats); None: the engine does not see
+    it. `margins`: probability of the likeliest token less that of the second, whichever was taken.
+    """
+
+    logprobs: tuple[float, ...]
+    entropies: tuple[float, ...] | None
+    margins: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +145,10 @@ class Engine(Protocol):
 
     def loglikelihood(self, requests: Sequence[Request]) -> list[tuple[float, bool] | EngineError]:
         """Sum of the continuation's log-probabilities (nats) and whether it is the greedy continuation."""
+        ...
+
+    def token_statistics(self, requests: Sequence[Request]) -> list[TokenStatistics | EngineError]:
+        """What `generate` tells with `token_stats`, for a continuation that is already there."""
         ...
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:

@@ -16,15 +16,15 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from stitch_ray.engines import hf_text
-from stitch_ray.engines.base import EngineError, EngineInfo, Generation, RatingBatch, Request
+from stitch_ray.engines import hf_statistics, hf_text
+from stitch_ray.engines.base import EngineError, EngineInfo, Generation, RatingBatch, Request, TokenStatistics
 from stitch_ray.engines.fingerprint import model_fingerprint, model_folder
 from stitch_ray.engines.pretrained import context_length, default_batch_tokens, first_line, load_tokenizer
 from stitch_ray.engines.rating import PlainRater, Rater, fastest_rater, plain_beyond
 from stitch_ray.errors import UserError
 from stitch_ray.records import content_hash
 
-_METHODS = frozenset({"rate", "generate", "loglikelihood", "embed"})
+_METHODS = frozenset({"rate", "generate", "loglikelihood", "token_statistics", "embed"})
 
 Answer = TypeVar("Answer")
 
@@ -108,7 +108,12 @@ class HfEngine:
 
     def loglikelihood(self, requests: Sequence[Request]) -> list[tuple[float, bool] | EngineError]:
         return self._by_adapter(
-            requests, lambda some: hf_text.loglikelihood(self._model, self._tokenizer, some, **self._limits())
+            requests, lambda some: hf_statistics.loglikelihood(self._model, self._tokenizer, some, **self._limits())
+        )
+
+    def token_statistics(self, requests: Sequence[Request]) -> list[TokenStatistics | EngineError]:
+        return self._by_adapter(
+            requests, lambda some: hf_statistics.token_statistics(self._model, self._tokenizer, some, **self._limits())
         )
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:

@@ -1,7 +1,7 @@
-"""Answers, log-likelihoods and embeddings of a Hugging Face causal language model, as functions of it.
+"""Answers and embeddings of a Hugging Face causal language model, as functions of it.
 
 All take `token_budget`, the tokens (padding included) of one forward or of one generating batch, and `max_context`,
-the longest sequence. Nothing needs a padding token: masked positions hold id 0.
+the longest sequence.
 """
 
 from __future__ import annotations
@@ -15,28 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from stitch_ray.engines.base import EngineError, Generation, Ids, Request, Sampling
-from stitch_ray.records import Turn, content_hash
-
-# Numbers in one tensor of logits (1 GiB as float32): a whole forward's tokens times a large vocabulary is far more.
-_MAX_LOGITS = 2**28
-_LOG_SOFTMAX_ROWS = 256
-
-
-def prompt_ids(tokenizer: Any, prompt: tuple[Turn, ...] | str | Ids) -> Ids:
-    """Turns through the chat template up to the assistant's turn, text with the tokenizer's own special tokens.
-
-    Raises ValueError if the tokenizer has no chat template, or the template or tokenizer does not take the prompt.
-    """
-    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Turn)):
-        text, special = _prompt_text(tokenizer, prompt)
-        return _encode(tokenizer, text, special)
-    return tuple(prompt)  # type: ignore[arg-type]
+from stitch_ray.engines.hf_inputs import batches, check_adapter, check_ids, decode, encode, eos_ids, padded, prompt_ids
+from stitch_ray.engines.hf_statistics import token_values
+from stitch_ray.records import content_hash
 
 
 def generate(
@@ -50,7 +36,7 @@ def generate(
 
     `text` ends before the first stop string. `token_ids` and the values per token belong to `text`: they hold neither
     the end-of-sequence token nor the tokens of a stop string. `max_tokens` is cut where the context ends.
-    `logprobs` and `entropies` are the model's, before temperature and top_p.
+    The values are the model's, before temperature and top_p.
     """
     rows: list[_Row] = []
     answers: list[list[Generation] | EngineError] = [[] for _ in requests]
@@ -59,12 +45,12 @@ def generate(
             rows += _rows(model, tokenizer, slot, request, max_context)
         except ValueError as error:
             answers[slot] = EngineError(request.request_id, str(error))
-    eos = _eos_ids(model, tokenizer)
+    eos = eos_ids(model, tokenizer)
     by_settings = sorted(rows, key=_settings)
     with torch.inference_mode(), _no_generation_defaults(model):
         for _, alike in groupby(by_settings, key=_settings):
             together = list(alike)
-            for indices in _batches([len(row.prompt) + row.limit for row in together], token_budget):
+            for indices in batches([len(row.prompt) + row.limit for row in together], token_budget):
                 _decode(model, tokenizer, [together[i] for i in indices], eos)
     for row in rows:  # by slot, then sample
         request, so_far = requests[row.slot], answers[row.slot]
@@ -78,44 +64,6 @@ def generate(
     return answers
 
 
-def loglikelihood(
-    model: Any, tokenizer: Any, requests: Sequence[Request], *, token_budget: int, max_context: int
-) -> list[tuple[float, bool] | EngineError]:
-    """Sum of the continuation's log-probabilities (nats) and whether its every token is the model's first choice.
-
-    Prompt and continuation that are text are tokenised as one, as lm-evaluation-harness does: the prompt's part is the
-    first `len(ids of the prompt alone)` tokens. Where those are not the prompt's ids (a token spans the border), and
-    where either comes as ids, both are tokenised alone and put one behind the other; a prompt's trailing space thus
-    stays in the prompt.
-    """
-    answers: list[tuple[float, bool] | EngineError | None] = [None] * len(requests)
-    parts: list[tuple[int, Ids, Ids]] = []
-    for slot, request in enumerate(requests):
-        try:
-            _check_adapter(request)
-            prompt, continuation = _split_ids(tokenizer, request)
-            _check_ids(model, prompt + continuation)
-            if len(prompt) + len(continuation) > max_context:
-                raise ValueError(
-                    f"{len(prompt)} prompt and {len(continuation)} continuation tokens exceed the context of "
-                    f"{max_context}"
-                )
-            parts.append((slot, prompt, continuation))
-        except ValueError as error:
-            answers[slot] = EngineError(request.request_id, str(error))
-    most_wanted = max(1, _MAX_LOGITS // model.get_output_embeddings().weight.shape[0])
-    # rows x this at most `token_budget` also means rows x continuation at most `most_wanted`
-    costs = [max(len(p) + len(c) - 1, -(-len(c) * token_budget // most_wanted)) for _, p, c in parts]
-    with torch.inference_mode():
-        for indices in _batches(costs, token_budget):
-            batch = [parts[i] for i in indices]
-            for (slot, _, _), (total, greedy) in zip(batch, _score(model, [part[1:] for part in batch]), strict=True):
-                failed = EngineError(requests[slot].request_id, "the log-probability is NaN")
-                answers[slot] = failed if np.isnan(total) else (total, greedy)
-    assert None not in answers
-    return answers  # type: ignore[return-value]
-
-
 def embed(
     model: Any, tokenizer: Any, texts: Sequence[str], *, token_budget: int, max_context: int
 ) -> NDArray[np.float32]:
@@ -125,7 +73,7 @@ def embed(
     """
     ids: list[Ids] = []
     for index, text in enumerate(texts):
-        ids.append(_encode(tokenizer, text, special=True) if text else ())
+        ids.append(encode(tokenizer, text, special=True) if text else ())
         if not ids[-1]:
             raise ValueError(f"text {index} is empty and has no embedding")
         if len(ids[-1]) > max_context:
@@ -134,146 +82,13 @@ def embed(
             )
     out = np.empty((len(texts), model.get_input_embeddings().weight.shape[1]), np.float32)
     with torch.inference_mode():
-        for indices in _batches([len(row) for row in ids], token_budget):
-            inputs = _padded([ids[i] for i in indices], model.device, left=False)
+        for indices in batches([len(row) for row in ids], token_budget):
+            inputs = padded([ids[i] for i in indices], model.device, left=False)
             hidden = model.base_model(**inputs, use_cache=False).last_hidden_state.float()
             real = inputs["attention_mask"][..., None]
             mean = hidden.masked_fill(real == 0, 0.0).sum(1) / real.sum(1)
             out[indices] = nn.functional.normalize(mean, dim=-1).cpu().numpy()
     return out
-
-
-# Tokens
-
-
-def _prompt_text(tokenizer: Any, prompt: tuple[Turn, ...] | str) -> tuple[str, bool]:
-    """The prompt as text, and whether the tokenizer is to add its special tokens (a template has its own)."""
-    if isinstance(prompt, str):
-        return prompt, True
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise ValueError("the tokenizer has no chat template; give the prompt as text instead of turns")
-    messages = [{"role": turn.role, "content": turn.content} for turn in prompt]
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        raise ValueError(f"the chat template refuses the prompt: {error}") from error
-    assert isinstance(text, str)
-    return text, False
-
-
-def _encode(tokenizer: Any, text: str, special: bool) -> Ids:
-    text.encode()  # a lone surrogate is a ValueError here, a misleading TypeError in the tokenizer
-    return tuple(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
-
-
-def _text(tokenizer: Any, ids: Sequence[int]) -> str:
-    text = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    assert isinstance(text, str)
-    return text
-
-
-def _split_ids(tokenizer: Any, request: Request) -> tuple[Ids, Ids]:
-    """Ids of prompt and continuation, neither empty."""
-    prompt, continuation = prompt_ids(tokenizer, request.prompt), request.continuation
-    if not continuation:
-        raise ValueError("loglikelihood needs a continuation")
-    if not prompt:
-        raise ValueError("loglikelihood needs a prompt of at least one token")
-    if not isinstance(continuation, str):
-        return prompt, tuple(continuation)
-    if isinstance(request.prompt, str) or isinstance(request.prompt[0], Turn):
-        text, special = _prompt_text(tokenizer, request.prompt)
-        whole = _encode(tokenizer, text + continuation, special)
-        if whole[: len(prompt)] == prompt and len(whole) > len(prompt):
-            return prompt, whole[len(prompt) :]
-    alone = _encode(tokenizer, continuation, special=False)
-    if not alone:
-        raise ValueError("the continuation has no tokens")
-    return prompt, alone
-
-
-def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    own = model.generation_config.eos_token_id
-    ids = own if isinstance(own, list | tuple) else [own]
-    return frozenset(one for one in (*ids, tokenizer.eos_token_id) if one is not None)
-
-
-def _check_adapter(request: Request) -> None:
-    if request.adapter is not None:
-        raise ValueError(f"engine transformers has no adapters, and the request names {request.adapter!r}")
-
-
-def _check_ids(model: Any, ids: Ids) -> None:
-    """An id without an embedding fails a whole batch on a CPU and the process on a GPU."""
-    top = model.get_input_embeddings().weight.shape[0]
-    if not all(0 <= one < top for one in ids):
-        raise ValueError(f"token id {next(one for one in ids if not 0 <= one < top)} is not among the model's {top}")
-
-
-# Batches
-
-
-def _batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Indices by ascending length, in batches of rows x longest at most `budget` (a single row may exceed it)."""
-    batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if batch and (len(batch) + 1) * lengths[index] > budget:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
-
-
-def _padded(rows: Sequence[Ids], device: torch.device, *, left: bool) -> dict[str, Tensor]:
-    width = max(len(row) for row in rows)
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros(len(rows), width, dtype=torch.long)
-    for i, row in enumerate(rows):
-        place = slice(width - len(row), None) if left else slice(len(row))
-        ids[i, place] = torch.tensor(row)
-        mask[i, place] = 1
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-
-
-def _score(model: Any, batch: Sequence[tuple[Ids, Ids]]) -> list[tuple[float, bool]]:
-    """(Log-probability, greedy) of the second part behind the first."""
-    device = model.device
-    inputs = _padded([(prompt + continuation)[:-1] for prompt, continuation in batch], device, left=False)
-    spans = [(i, len(prompt) - 1 + j) for i, (prompt, c) in enumerate(batch) for j in range(len(c))]
-    rows, positions = torch.tensor(spans, device=device).T
-    targets = torch.tensor([one for _, continuation in batch for one in continuation], device=device)
-    with _logits_only_at(model, rows, positions):
-        logits = model(**inputs, use_cache=False).logits[0]
-    assert len(logits) == len(targets), "the output head does not work position by position"
-    logprobs, greedy = [], []
-    for part, target in zip(logits.split(_LOG_SOFTMAX_ROWS), targets.split(_LOG_SOFTMAX_ROWS), strict=True):
-        scores = part.float()
-        chosen = scores.gather(-1, target[:, None])[:, 0]
-        logprobs.append(chosen - scores.logsumexp(-1))
-        greedy.append(chosen == scores.amax(-1))
-    lengths = [len(continuation) for _, continuation in batch]
-    sums = [part.sum().item() for part in torch.cat(logprobs).double().cpu().split(lengths)]
-    return list(zip(sums, [bool(part.all()) for part in torch.cat(greedy).cpu().split(lengths)], strict=True))
-
-
-@contextmanager
-def _logits_only_at(model: Any, rows: Tensor, positions: Tensor) -> Iterator[None]:
-    """Inside, the model's logits have shape (1, positions, vocabulary).
-
-    The output head sees the wanted positions only, inside the model's own forward, so that soft-capping and logit
-    scales still apply; `logits_to_keep` can only drop positions that no row of the batch wants.
-    """
-    hook = model.get_output_embeddings().register_forward_pre_hook(
-        lambda _head, inputs: (inputs[0][rows, positions][None], *inputs[1:])
-    )
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-# Sampling
 
 
 @dataclass(slots=True)
@@ -288,13 +103,14 @@ class _Row:
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     entropies: list[float] = field(default_factory=list)
+    margins: list[float] = field(default_factory=list)
     finished: bool = False
     failed: bool = False
 
 
 def _rows(model: Any, tokenizer: Any, slot: int, request: Request, max_context: int) -> list[_Row]:
     sampling = request.sampling
-    _check_adapter(request)
+    check_adapter(request)
     if sampling.json_schema is not None:
         raise ValueError("engine transformers has no guided decoding; use engine: vllm")
     if sampling.max_tokens < 1 or sampling.num_samples < 1:
@@ -304,7 +120,7 @@ def _rows(model: Any, tokenizer: Any, slot: int, request: Request, max_context: 
     prompt = prompt_ids(tokenizer, request.prompt)
     if not 0 < len(prompt) < max_context:
         raise ValueError(f"{len(prompt)} prompt tokens; the model takes 1 to {max_context - 1} before an answer")
-    _check_ids(model, prompt)
+    check_ids(model, prompt)
     limit = min(sampling.max_tokens, max_context - len(prompt))
     seed = secrets.randbits(62) if sampling.seed is None else sampling.seed
     num_rows = 1 if sampling.temperature == 0 else sampling.num_samples
@@ -333,7 +149,7 @@ def _no_generation_defaults(model: Any) -> Iterator[None]:
 def _decode(model: Any, tokenizer: Any, rows: Sequence[_Row], eos: frozenset[int]) -> None:
     """Run `rows` as one batch to their ends."""
     model.generate(
-        **_padded([row.prompt for row in rows], model.device, left=True),
+        **padded([row.prompt for row in rows], model.device, left=True),
         generation_config=GenerationConfig(
             max_new_tokens=max(row.limit for row in rows), do_sample=False, pad_token_id=0
         ),
@@ -384,12 +200,11 @@ class _Sampler(LogitsProcessor):
         return scores - noise.clamp_min_(torch.finfo(noise.dtype).tiny).log_()
 
     def _record_stats(self, indices: Sequence[int], scores: Tensor, chosen: Tensor) -> None:
-        logprobs = scores.log_softmax(-1)
-        entropies = torch.special.entr(logprobs.exp()).sum(-1).tolist()
-        chosen_logprobs = logprobs.gather(-1, chosen[:, None])[:, 0].tolist()
-        for i, logprob, entropy in zip(indices, chosen_logprobs, entropies, strict=True):
+        values = [column.tolist() for column in token_values(scores, chosen)]
+        for i, logprob, entropy, margin in zip(indices, *values, strict=True):
             self._rows[i].logprobs.append(logprob)
             self._rows[i].entropies.append(entropy)
+            self._rows[i].margins.append(margin)
 
     def _extend(self, row: _Row, token: int, failed: bool) -> None:
         row.failed = failed
@@ -424,19 +239,19 @@ def _has_stop(tokenizer: Any, ids: Sequence[int], stop: tuple[str, ...]) -> bool
         return False
     # A token is at least a byte. The first ones of a piece may decode differently there than in the whole.
     window = ids[-max(len(one.encode()) for one in stop) - 8 :]
-    tail = _text(tokenizer, window)
+    tail = decode(tokenizer, window)
     if not any(one in tail for one in stop):
         return False
-    text = _text(tokenizer, ids)
+    text = decode(tokenizer, ids)
     return any(one in text for one in stop)
 
 
 def _generation(tokenizer: Any, row: _Row) -> Generation:
-    text, kept = _text(tokenizer, row.ids), len(row.ids)
+    text, kept = decode(tokenizer, row.ids), len(row.ids)
     ends = [text.find(one) for one in row.sampling.stop if one in text]
     if ends:
         text = text[: min(ends)]
-        while kept and _text(tokenizer, row.ids[: kept - 1]).startswith(text):
+        while kept and decode(tokenizer, row.ids[: kept - 1]).startswith(text):
             kept -= 1
     stats = row.sampling.token_stats
     return Generation(
@@ -446,4 +261,5 @@ def _generation(tokenizer: Any, row: _Row) -> Generation:
         prompt_tokens=len(row.prompt),
         logprobs=tuple(row.logprobs[:kept]) if stats else None,
         entropies=tuple(row.entropies[:kept]) if stats else None,
+        margins=tuple(row.margins[:kept]) if stats else None,
     )

@@ -19,12 +19,21 @@ import numpy as np
 from jinja2 import TemplateError
 from numpy.typing import NDArray
 
-from stitch_ray.engines.base import EngineError, EngineInfo, Generation, Ids, RatingBatch, Request, Sampling
+from stitch_ray.engines.base import (
+    EngineError,
+    EngineInfo,
+    Generation,
+    Ids,
+    RatingBatch,
+    Request,
+    Sampling,
+    TokenStatistics,
+)
 from stitch_ray.engines.fingerprint import model_fingerprint, num_parameters
 from stitch_ray.errors import UserError
 from stitch_ray.records import Turn, content_hash
 
-METHODS = frozenset({"rate", "generate", "loglikelihood"})
+METHODS = frozenset({"rate", "generate", "loglikelihood", "token_statistics"})
 ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
@@ -140,7 +149,7 @@ class VllmEngine:
     def generate(self, requests: Sequence[Request]) -> list[list[Generation] | EngineError]:
         """`num_samples` answers a request; at temperature 0 one answer, repeated.
 
-        `logprobs` are those of the model before temperature and top_p (under `json_schema`: among the tokens that the
+        `logprobs` and `margins` are those of the model before temperature and top_p (under `json_schema`: among the tokens that the
         schema allows, and the JSON has no blanks). `entropies` stay None: vLLM would have to hand over the whole
         vocabulary for every token. `token_ids` hold the end-of-sequence or stop tokens that `text` leaves out.
         """
@@ -162,9 +171,32 @@ class VllmEngine:
         vLLM scores the prompt too, from logits over the whole vocabulary and without the prefix cache: for a long
         prompt and a large vocabulary lower `max_num_batched_tokens` in `engine_kwargs` if memory runs out.
         """
+
+        def read(steps: list[Any]) -> tuple[float, bool]:
+            return sum(scored.logprob for _, scored in steps), all(scored.rank == 1 for _, scored in steps)
+
+        return self._forced(requests, 0, read)
+
+    def token_statistics(self, requests: Sequence[Request]) -> list[TokenStatistics | EngineError]:
+        """Log-probabilities and margins of the continuation's tokens, at the cost of `loglikelihood`; no entropies."""
+
+        def read(steps: list[Any]) -> TokenStatistics:
+            return TokenStatistics(
+                logprobs=tuple(scored.logprob for _, scored in steps),
+                entropies=None,
+                margins=tuple(_margin(by_id) for by_id, _ in steps),
+            )
+
+        return self._forced(requests, 2, read)
+
+    def _forced(self, requests: Sequence[Request], top: int, read: Callable[[list[Any]], T]) -> list[T | EngineError]:
+        """`read` of the continuation's (token id -> `Logprob`, `Logprob` of the token that came), one a token.
+
+        The mapping also holds the `top` likeliest tokens.
+        """
         from vllm import SamplingParams
 
-        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, logprobs=0, detokenize=False)
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=top, logprobs=0, detokenize=False)
         lengths: dict[int, int] = {}  # keyed by identity: request ids need not be unique
 
         def prepare(request: Request) -> tuple[Any, Any]:
@@ -172,18 +204,16 @@ class VllmEngine:
             lengths[id(request)] = len(continuation)
             return _tokens(self._checked(prompt + continuation)), params
 
-        def read(request: Request, output: Any) -> tuple[float, bool]:
-            num_tokens = len(output.prompt_token_ids)
-            total, greedy = 0.0, True
-            for position in range(num_tokens - lengths[id(request)], num_tokens):
-                scored = output.prompt_logprobs[position][output.prompt_token_ids[position]]
-                total += scored.logprob
-                greedy = greedy and scored.rank == 1
-            if math.isnan(total):
+        def read_steps(request: Request, output: Any) -> T:
+            ids = output.prompt_token_ids
+            where = range(len(ids) - lengths[id(request)], len(ids))
+            steps = [(output.prompt_logprobs[position], output.prompt_logprobs[position][ids[position]])
+                     for position in where]  # fmt: skip
+            if any(math.isnan(scored.logprob) for _, scored in steps):
                 raise ValueError("the log-probability is NaN")
-            return total, greedy
+            return read(steps)
 
-        return self._answer(requests, prepare, read)
+        return self._answer(requests, prepare, read_steps)
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         raise UserError("engine vllm does not embed; use engine: transformers")
@@ -398,7 +428,7 @@ def _sampling_params(sampling: Sampling) -> Any:
         # vLLM seeds sample i with seed + i, so that neighbouring seeds would share samples
         seed=None if sampling.seed is None else int(content_hash(sampling.seed)[:15], 16),
         stop=list(sampling.stop),
-        logprobs=0,  # of the chosen token; also tells a NaN
+        logprobs=2 if sampling.token_stats else 0,  # beside that of the chosen token, which also tells a NaN
         structured_outputs=None if schema is None else StructuredOutputsParams(json=schema),
     )
 
@@ -407,9 +437,10 @@ def _generation(request: Request, output: Any, completion: Any) -> Generation:
     if completion.finish_reason not in ("stop", "length"):
         raise EngineError(request.request_id, f"vLLM ended with {completion.finish_reason!r}", retryable=True)
     token_ids = tuple(completion.token_ids)
-    logprobs = None
+    logprobs = margins = None
     if request.sampling.token_stats:
         logprobs = tuple(step[token].logprob for step, token in zip(completion.logprobs, token_ids, strict=True))
+        margins = tuple(_margin(step) for step in completion.logprobs)
     return Generation(
         text=completion.text,
         token_ids=token_ids,
@@ -417,7 +448,14 @@ def _generation(request: Request, output: Any, completion: Any) -> Generation:
         prompt_tokens=len(output.prompt_token_ids),
         cached_tokens=output.num_cached_tokens or 0,
         logprobs=logprobs,
+        margins=margins,
     )
+
+
+def _margin(by_id: Mapping[int, Any]) -> float:
+    """Probability of the likeliest token less that of the second."""
+    best, second = sorted((entry.logprob for entry in by_id.values()), reverse=True)[:2]
+    return math.exp(best) - math.exp(second)
 
 
 def _has_nan(output: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import jinja2
@@ -27,6 +28,12 @@ def percent(value: float | None) -> str:
     return f"{value:.0%}" if value == 0 or value >= 0.0995 else f"{value:.1%}"
 
 
+def goal(share: float) -> str:
+    """A share that somebody chose, with the digits it was given: 10%, 2.5%."""
+    return f"{100 * share:.4g}%"
+
+
+@cache  # it keeps the compiled templates
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("stitch_ray", "report"),
@@ -35,5 +42,5 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=number, percent=percent)
+    environment.filters.update(number=number, percent=percent, goal=goal)
     return environment

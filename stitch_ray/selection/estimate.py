@@ -64,8 +64,9 @@ def estimate(ready: Ready) -> Estimate:
     return Estimate(ready.sources, rows, unusable, len(seen), turns, models)
 
 
-def describe(found: Estimate) -> str:
+def describe(ready: Ready) -> str:
     """The estimate as text, one fact a line."""
+    found = estimate(ready)
     lines = [
         f"read   {found.rows} rows from {len(found.sources)} source(s), {found.unusable} unusable, "
         f"{found.distinct} distinct with {found.turns} answers to rate"

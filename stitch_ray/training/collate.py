@@ -1,4 +1,4 @@
-"""From the token rows of a micro-batch to the tensors of one forward."""
+"""From the rows of a micro-batch to the tensors of one forward."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from torch import Tensor
 
 DatasetRow = tuple[NDArray[np.int32], NDArray[np.float32], int]
 """Token ids (length,), the weight of predicting each of them (length,), and the task."""
+
+SequenceRow = tuple[NDArray[np.int32], int, float, float]
+"""Token ids (length,), where the second text of a pair begins (0: there is one text), label, and weight of the loss."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,34 @@ def collate(dataset_rows: Sequence[DatasetRow], packing: bool, pad_id: int) -> B
         task_ids=joined(lambda i: np.full(lengths[i], dataset_rows[i][2]), torch.int64, padding),
         example_ids=joined(lambda i: np.full(lengths[i], i), torch.int64),
         document_lengths=tuple(lengths) if packing else (),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceBatch:
+    """One micro-batch of sequences that are classified: B rows, padded on the right to T tokens."""
+
+    input_ids: Tensor  # (B, T) int64
+    attention_mask: Tensor  # (B, T) int64, 0 on padding
+    token_type_ids: Tensor  # (B, T) int64, 1 in the second text of a pair; 0 on padding
+    labels: Tensor  # (B,) float32
+    weights: Tensor  # (B,) float32
+
+    def to(self, device: torch.device | str) -> SequenceBatch:
+        """The same batch on another device."""
+        return SequenceBatch(*(getattr(self, name).to(device) for name in self.__slots__))
+
+
+def collate_sequences(sequences: Sequence[SequenceRow], pad_id: int) -> SequenceBatch:
+    """A rectangle padded with `pad_id` on the right."""
+    rows = [torch.from_numpy(np.array(ids)).to(torch.int64) for ids, *_ in sequences]
+    types = [torch.arange(len(ids)) >= (second or len(ids)) for ids, second, _, _ in sequences]
+    return SequenceBatch(
+        input_ids=_rectangle(rows, pad_id),
+        attention_mask=_rectangle([torch.ones_like(row) for row in rows], 0),
+        token_type_ids=_rectangle([one.to(torch.int64) for one in types], 0),
+        labels=torch.tensor([label for _, _, label, _ in sequences], dtype=torch.float32),
+        weights=torch.tensor([weight for *_, weight in sequences], dtype=torch.float32),
     )
 
 

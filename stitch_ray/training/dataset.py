@@ -1,4 +1,4 @@
-"""Tokenised records as one memory-mapped Arrow file a split, over all tasks."""
+"""Tokenised records as one memory-mapped Arrow file a split, over all tasks; with labels for a classifier."""
 
 from __future__ import annotations
 
@@ -23,6 +23,9 @@ SCHEMA = pa.schema(
         ("example_id", pa.string()),
     ]
 )
+LABELLED_SCHEMA = pa.schema([*SCHEMA, ("label", pa.float32()), ("second", pa.int32())])
+"""Of records that are classified as a whole; `weights` is then 0 but for the last token, which has the record's."""
+
 _ROWS_A_BLOCK = 4096
 
 
@@ -30,7 +33,8 @@ class TokenDataset:
     """Tokenised records, read-only. Only the index is held in memory; it is pickled as its path.
 
     `lengths`: (rows,) int32, tokens. `task_ids`: (rows,) int32. `loss_weights`: (rows,) float64, the sum of a row's
-    token weights. `example_ids`: (rows,), unique within a task.
+    token weights. `example_ids`: (rows,), unique within a task. Of a file with labels also `labels`: (rows,) float32 in
+    [0, 1], and `seconds`: (rows,) int32, where the second text of a pair begins; of others these are empty.
     """
 
     def __init__(self, path: Path) -> None:
@@ -45,6 +49,9 @@ class TokenDataset:
         self.example_ids: Sequence[str] = _Strings(
             pa.chunked_array([block["example_id"] for block in blocks], pa.string())
         )
+        labelled = [block for block in blocks if "label" in block.schema.names]
+        self.labels = _joined([block["label"].to_numpy() for block in labelled], np.float32)
+        self.seconds = _joined([block["second"].to_numpy() for block in labelled], np.int32)
 
     @classmethod
     def open(cls, path: Path) -> TokenDataset:
@@ -81,6 +88,21 @@ class _Block:
         return cls(ids.offsets.to_numpy(), ids.values.to_numpy(), weights.values.to_numpy())
 
 
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """A sequence that is classified as a whole.
+
+    `ids`: (length,) int32, at least one token. `second`: position at which the second text of a pair begins; 0: there
+    is one text. `label`: in [0, 1]. `weight`: of its loss.
+    """
+
+    ids: NDArray[np.int32]
+    second: int
+    label: float
+    weight: float
+    example_id: str
+
+
 class _Strings(Sequence[str]):
     """A column of text that stays in Arrow."""
 
@@ -112,13 +134,21 @@ def table(records: Sequence[tuple[Encoded, int, str]]) -> pa.Table:
     return pa.Table.from_arrays(columns, schema=SCHEMA)
 
 
-def write(path: Path, tables: Iterable[pa.Table]) -> None:
-    """Write tables of `SCHEMA` one after another as the file of a `TokenDataset`, whole or not at all.
+def labelled_table(records: Sequence[Labelled]) -> pa.Table:
+    """Records of one task as rows of `LABELLED_SCHEMA`."""
+    plain = table([(_weighted_at_its_end(record), 0, record.example_id) for record in records])
+    labels = pa.array([record.label for record in records], pa.float32())
+    seconds = pa.array([record.second for record in records], pa.int32())
+    return pa.Table.from_arrays([*plain.columns, labels, seconds], schema=LABELLED_SCHEMA)
+
+
+def write(path: Path, tables: Iterable[pa.Table], schema: pa.Schema = SCHEMA) -> None:
+    """Write tables of `schema` one after another as the file of a `TokenDataset`, whole or not at all.
 
     The bytes depend on the rows alone, not on how they are spread over the tables.
     """
-    with atomic_path(path) as temporary, pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as out:
-        left = SCHEMA.empty_table()
+    with atomic_path(path) as temporary, pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as out:
+        left = schema.empty_table()
         for more in tables:
             left = pa.concat_tables([left, more])
             while left.num_rows >= _ROWS_A_BLOCK:
@@ -132,6 +162,12 @@ def read_table(path: Path) -> pa.Table:
     """All rows of a file that `write` made."""
     with pa.memory_map(str(path)) as source, pa.ipc.open_file(source) as reader:
         return reader.read_all()
+
+
+def _weighted_at_its_end(record: Labelled) -> Encoded:
+    weights = np.zeros(len(record.ids), np.float32)
+    weights[-1] = record.weight
+    return Encoded(record.ids, weights, truncated=False)
 
 
 def _joined(parts: Sequence[NDArray[Any]], dtype: Any) -> NDArray[Any]:

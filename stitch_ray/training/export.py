@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from stitch_ray.config.finetune import AdapterConfig
+from stitch_ray.data.trained_on import read_trained_on, write_trained_on
 from stitch_ray.engines.fingerprint import model_fingerprint, model_folder
 from stitch_ray.engines.hf import (
     adapter_base,
@@ -45,6 +46,7 @@ def export_model(
     chat_template: str | None = None,
     tasks: Mapping[str, Mapping[str, str]],
     card: Mapping[str, Any],
+    trained_on: Iterable[str] = (),
     trust_remote_code: bool = False,
 ) -> None:
     """Write the trained model to `out`, whole or not at all; a model that is already there is replaced.
@@ -52,7 +54,8 @@ def export_model(
     `weights` are those that were trained, read one at a time, by the names of `named_parameters` of the model or of the
     PeftModel; all else (buffers, configuration, tokenizer) comes from the base. `chat_template` is the one training
     used; None: the base's. `tasks`: name -> {"objective", "template"}. `card`: facts for README.md, JSON values.
-    `dtype` "auto" is the base's for a full model and float32 for an adapter. Raises UserError if the weights are not
+    `trained_on`: group ids of the questions it learned from; those of the base, and of an adapter that it went on
+    from, are added. `dtype` "auto" is the base's for a full model and float32 for an adapter. Raises UserError if the weights are not
     exactly those of the model.
     """
     base = str(Path(base_path).absolute()) if Path(base_path).is_dir() else base_path
@@ -76,6 +79,7 @@ def export_model(
             _write_adapter(base, adapter, weights, folder, dtype, trust_remote_code)
         tokenizer.save_pretrained(folder)
         write_json(folder / NOTE, note)
+        write_trained_on(folder, [*trained_on, *_learned_before(base, adapter)])
         (folder / "README.md").write_text(_model_card(note), encoding="utf-8")
 
 
@@ -123,6 +127,8 @@ def merge_adapter(
             note = json.loads(note_file.read_text(encoding="utf-8"))
             write_json(folder / NOTE, {**note, "merged_from": str(Path(adapter).absolute())})
             (folder / "README.md").write_text(_model_card(note, merged=True), encoding="utf-8")
+        before = [read_trained_on(place) for place in (model_folder(adapter), model_folder(base)) if place]
+        write_trained_on(folder, frozenset[str]().union(*before))
     return {
         "base": base,
         "dtype": str(written.dtype).removeprefix("torch."),
@@ -131,21 +137,33 @@ def merge_adapter(
     }
 
 
+def _learned_before(base: str, adapter: AdapterConfig | None) -> frozenset[str]:
+    """Group ids of the questions that training began with having learned."""
+    start = adapter.start_from if adapter is not None else None
+    places = [model_folder(path) for path in (base, start) if path]
+    return frozenset[str]().union(*(read_trained_on(place) for place in places if place))
+
+
 # Weights
 
 
 def _write_model(base: str, weights: Mapping[str, Tensor], folder: Path, dtype: str, trust_remote_code: bool) -> Any:
     """The base model with `weights` in place of its own, saved in `dtype`; what is no parameter stays the base's."""
     model = load_model(base, dtype, trust_remote_code=trust_remote_code, key="model.path")
-    parameters = dict(model.named_parameters())
-    _check_names(weights, parameters, base)
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            weight = weights[name]
-            _check_shape(name, weight, parameter, base)
-            parameter.copy_(weight)
+    copy_weights(model, weights, base, {name for name, _ in model.named_parameters()})
     save_model(model, folder)
     return model
+
+
+@torch.no_grad()
+def copy_weights(model: Any, weights: Mapping[str, Tensor], base: str, names: Set[str]) -> None:
+    """Put `weights` in the place of the parameters `names`. Raises UserError if they are not exactly those."""
+    parameters = {name: parameter for name, parameter in model.named_parameters() if name in names}
+    _check_names(weights, parameters, base)
+    for name, parameter in parameters.items():
+        weight = weights[name]
+        _check_shape(name, weight, parameter, base)
+        parameter.copy_(weight)
 
 
 def _write_adapter(
@@ -244,10 +262,15 @@ def check_free(out: Path, overwrite: bool) -> None:
 
 
 def save_model(model: Any, folder: Path) -> None:
-    """Configuration, generation configuration and weights, in files of the default size."""
+    """Configuration, weights in files of the default size, and of a model that generates how it does."""
     if not torch.cuda.is_available():
         # Saving imports DeepSpeed, which looks for a GPU and complains unless it is told that there is none.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if getattr(model, "generation_config", None) is None:
+        with _no_progress_bar():
+            model.save_pretrained(folder)
+        _readable(folder, folder / "config.json")
+        return
     generation = model.generation_config
     # saving refuses a generation configuration that loading took, and some published ones (temperature without sampling)
     model.generation_config = GenerationConfig()

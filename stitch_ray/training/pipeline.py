@@ -14,7 +14,7 @@ from typing import Any
 from stitch_ray import ray_session
 from stitch_ray.config.finetune import FinetuneConfig
 from stitch_ray.report.training import write_report
-from stitch_ray.runs import Progress, RunFolder, Step, Summary, write_json
+from stitch_ray.runs import Progress, RunFolder, Step, Summary
 from stitch_ray.training import checkpoints
 from stitch_ray.training.evaluation import AnswerEvaluation
 from stitch_ray.training.job import CHECKPOINTS, METRICS, Outcome, WorkerJob, run_plan
@@ -22,13 +22,11 @@ from stitch_ray.training.launch import launch
 from stitch_ray.training.metrics import MetricsLog
 from stitch_ray.training.plan import StepPlan
 from stitch_ray.training.preflight import Ready
-from stitch_ray.training.prepare import Prepared, build
+from stitch_ray.training.prepare import Prepared, build, learned_groups
 from stitch_ray.training.watch import watching
 
 CALL_LOG_VARIABLE = "STITCH_RAY_CALL_LOG"
 """Names a file outside the run to which every worker appends `step, slot, example ids`: an audit of the work."""
-
-_OUTCOME = "outcome.json"
 
 
 def run(ready: Ready, folder: RunFolder, progress: Progress = lambda step: None) -> Summary:
@@ -59,7 +57,7 @@ def run(ready: Ready, folder: RunFolder, progress: Progress = lambda step: None)
         folder.disposable = False  # the workers have not refused: from here on there is something to resume
         evaluation.on_record(record)
 
-    outcome = _read_outcome(folder.path)
+    outcome = Outcome.read(folder.path)
     if outcome is None:
         progress(Step(stage="training", done=0, total=plan.total_steps, unit="steps"))
         report()
@@ -77,12 +75,12 @@ def run(ready: Ready, folder: RunFolder, progress: Progress = lambda step: None)
         evaluation.finish()
         if outcome.status == "not_finite":
             folder.manifest["not_finite"] = {"step": outcome.step, "examples": list(outcome.examples)}
-            error = FloatingPointError(_not_finite(outcome))
+            error = outcome.not_finite("optimizer.learning_rate")
             folder.fail(error)  # before the report, which says so
             report(live=False)
             raise error
-        write_json(folder.path / "work" / _OUTCOME, asdict(outcome))
-    step = _chosen_step(ready, outcome)
+        outcome.write(folder.path)
+    step = outcome.model_step(config)
     _export(ready, folder.path, step, outcome)
     _finish(folder, outcome, step)
     report(live=False)
@@ -154,18 +152,6 @@ def _facts(ready: Ready, folder: RunFolder, prepared: Prepared, evaluation: Answ
     }
 
 
-def _read_outcome(path: Path) -> Outcome | None:
-    file = path / "work" / _OUTCOME
-    return Outcome(**json.loads(file.read_text("utf-8"))) if file.exists() else None
-
-
-def _chosen_step(ready: Ready, outcome: Outcome) -> int:
-    """The checkpoint that becomes the model: the best with early stopping, else the last."""
-    if ready.config.early_stopping and outcome.best_step is not None:
-        return outcome.best_step
-    return outcome.step
-
-
 def _export(ready: Ready, path: Path, step: int, outcome: Outcome) -> None:
     """Write `model/` on a node of the cluster, unless it is there already. RuntimeError for a damaged checkpoint."""
     import ray
@@ -175,12 +161,7 @@ def _export(ready: Ready, path: Path, step: int, outcome: Outcome) -> None:
     note = path / "model" / NOTE
     if note.exists() and json.loads(note.read_text("utf-8"))["trained"].get("step") == step:
         return
-    checkpoint = path / CHECKPOINTS / checkpoints.name(step)
-    damage = checkpoints.damage(checkpoint, step)
-    if damage:
-        (path / "work" / _OUTCOME).unlink()
-        remedy = "the same command goes on from the one before" if step == outcome.step else "--overwrite trains anew"
-        raise RuntimeError(f"checkpoint {checkpoint} is damaged: {damage}; {remedy}")
+    checkpoint = outcome.checkpoint(path, step)
     for leftover in path.glob(".model.*"):  # of a command that was killed
         shutil.rmtree(leftover, ignore_errors=True)
     card = {
@@ -191,11 +172,15 @@ def _export(ready: Ready, path: Path, step: int, outcome: Outcome) -> None:
         "work_hash": ready.work_hash,
     }
     card = {name: value for name, value in card.items() if value is not None}
-    ray.get(ray.remote(num_cpus=1)(export).remote(ready, checkpoint, path / "model", card))
+    data = path / "work" / "data"
+    ray.get(ray.remote(num_cpus=1)(export).remote(ready, checkpoint, path / "model", card, data))
 
 
-def export(ready: Ready, checkpoint: Path, out: Path, card: Mapping[str, Any]) -> None:
-    """Make a model folder of a checkpoint: Hugging Face format, or a PEFT adapter."""
+def export(ready: Ready, checkpoint: Path, out: Path, card: Mapping[str, Any], data: Path | None = None) -> None:
+    """Make a model folder of a checkpoint: Hugging Face format, or a PEFT adapter.
+
+    `data`: the prepared data, whose questions are noted beside a model that is there to stay.
+    """
     from stitch_ray.training.export import export_model
     from stitch_ray.training.state import read_weights
 
@@ -213,6 +198,7 @@ def export(ready: Ready, checkpoint: Path, out: Path, card: Mapping[str, Any]) -
             for task, template in zip(config.tasks, ready.templates, strict=True)
         },
         card=card,
+        trained_on=learned_groups(data, config) if data else (),
         trust_remote_code=config.model.trust_remote_code,
     )
 
@@ -238,14 +224,6 @@ def _finish(folder: RunFolder, outcome: Outcome, step: int) -> None:
         )
     # For the report, which the run is not done without.
     folder.manifest.update(status="done", seconds=round(time.monotonic() - folder.started, 3))
-
-
-def _not_finite(outcome: Outcome) -> str:
-    shown = ", ".join(outcome.examples[:20]) + (", …" if len(outcome.examples) > 20 else "")
-    return (
-        f"loss or gradient is not finite in step {outcome.step + 1} of {outcome.total_steps}; micro-batches with examples "
-        f"{shown}. Lower optimizer.learning_rate, or look at these examples; the same command resumes before that step"
-    )
 
 
 def _line(folder: RunFolder, outcome: Outcome, step: int) -> str:

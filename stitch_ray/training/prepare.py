@@ -142,6 +142,15 @@ def validation_examples(prepared: Prepared, config: FinetuneConfig) -> Iterator[
             yield number, _example(row)
 
 
+def learned_groups(folder: Path, config: FinetuneConfig) -> set[str]:
+    """Group ids of all questions in the train and validation splits of a finished data folder."""
+    shares, found = config.split, set()
+    for number, task in enumerate(config.tasks):
+        corpus = load_corpus(_corpus_folder(folder, number, task))
+        found |= set(corpus.column_table(["group_id"])["group_id"].to_pylist())
+    return {group for group in found if split_of(group, shares.validation, shares.test, shares.salt) != "test"}
+
+
 @dataclass(frozen=True, slots=True)
 class _Job:
     """What a Ray task needs to encode rows of one task. The template travels as text: nodes may not have its file."""
@@ -198,7 +207,11 @@ def _jobs(config: FinetuneConfig, model_path: str) -> list[_Job]:
             template = ChatTemplate.resolve(task.template, tokenizer)
             check_template(template)
             jobs.append(_Job(number, config, model_path, template.text, min(config.max_length, context)))
-            assert jobs[-1].objective.head == "causal_lm", "classification heads have no dataset yet"
+            if jobs[-1].objective.head != "causal_lm":
+                raise UserError(
+                    f"objective {jobs[-1].objective.name} trains a classifier, and finetune a language model; use "
+                    "another objective, or train-scorer"
+                )
     return jobs
 
 

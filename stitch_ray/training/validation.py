@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 
 from stitch_ray.config.finetune import FinetuneConfig
 from stitch_ray.training.dataset import TokenDataset
-from stitch_ray.training.forward import Forward
+from stitch_ray.training.forward import ClassifierForward, Forward
 from stitch_ray.training.losses import task_losses
 from stitch_ray.training.plan import plan_validation
 
 
 @dataclass(frozen=True, slots=True)
 class ValidationLoss:
-    """Nats a token: over all tasks, and of each task (NaN: it has no validation example)."""
+    """Nats a token, or the mean loss of a classifier: over all tasks, and of each (NaN: no validation example)."""
 
     loss: float
     tasks: NDArray[np.float64]
@@ -30,7 +30,13 @@ class ValidationLoss:
 class Validation:
     """Measures a model on validation rows. Every method is called by all workers together."""
 
-    def __init__(self, data: TokenDataset, config: FinetuneConfig, forward: Forward, device: torch.device) -> None:
+    def __init__(
+        self,
+        data: TokenDataset,
+        config: FinetuneConfig,
+        forward: Forward | ClassifierForward,
+        device: torch.device,
+    ) -> None:
         self._data = data
         self._config = config
         self._forward = forward

@@ -28,9 +28,19 @@ from stitch_ray.engines.rating import plain_beyond
 from stitch_ray.errors import UserError
 from stitch_ray.training import attention, checkpoints, state, zero
 from stitch_ray.training.adapters import add_adapter, load_base
+from stitch_ray.training.classifier import load_classifier
 from stitch_ray.training.dataset import TokenDataset
-from stitch_ray.training.forward import Forward
-from stitch_ray.training.job import CHECKPOINTS, METRICS, TRAIN, VALIDATION, Outcome, WorkerJob, run_plan
+from stitch_ray.training.forward import ClassifierForward, Forward
+from stitch_ray.training.job import (
+    CHECKPOINTS,
+    METRICS,
+    TRAIN,
+    VALIDATION,
+    ClassifierHead,
+    Outcome,
+    WorkerJob,
+    run_plan,
+)
 from stitch_ray.training.losses import LossTotals, multitask_loss, task_losses
 from stitch_ray.training.metrics import MetricsLog, flops_per_token, peak_flops
 from stitch_ray.training.plan import Step
@@ -71,14 +81,18 @@ class Worker:
 
         self.data = TokenDataset.open(job.data / TRAIN)
         self.plan = run_plan(config, self.data.lengths, self.data.task_ids)
-        model = _build_model(config, self.device)
+        model, self.notes = _build_model(job, self.device)
         self.flops_per_token = _flops_per_token(model, self.data)
         self.peak_flops = peak_flops(torch.cuda.get_device_name(self.device)) if gpu else None
         self.rounds = -(-config.micro_batches // self.world_size)
         self.engine = zero.engine(
             model, config, world_size=self.world_size, micro_batches_per_worker=self.rounds, device=self.device
         )
-        self.forward = Forward(model, packing=config.packing, device=self.device)
+        self.forward: Forward | ClassifierForward
+        if job.classifier:
+            self.forward = ClassifierForward(model, loss=job.classifier.loss, device=self.device)
+        else:
+            self.forward = Forward(model, packing=config.packing, device=self.device)
         held_out = TokenDataset.open(job.data / VALIDATION)
         self.validation = Validation(held_out, config, self.forward, self.device)
         self.weigher = TaskWeigher(config, self.validation)
@@ -191,7 +205,7 @@ class Worker:
                         "loss": found.loss,
                         "tasks": self._by_task(found.tasks),
                         "examples": found.examples,
-                        "perplexity": _exp(found.loss),
+                        **({} if self.job.classifier else {"perplexity": _exp(found.loss)}),
                         "best": best,
                     }
                 )
@@ -226,7 +240,7 @@ class Worker:
         root = self.job.folder / CHECKPOINTS
         # One worker reads and checks; the others are told.
         found: list[Any] = [None]
-        warnings: list[str] = []
+        warnings = list(self.notes)
         if self.rank == 0:
             latest = checkpoints.latest_valid(root, warnings.append)
             found = [(str(latest.path), latest.progress) if latest else None]
@@ -280,9 +294,19 @@ class Worker:
         )
 
 
-def _build_model(config: FinetuneConfig, device: torch.device) -> torch.nn.Module:
-    """The model to train, in training mode, the same on every worker."""
-    model: Any = load_base(config.model, config.method, device)
+def _build_model(job: WorkerJob, device: torch.device) -> tuple[torch.nn.Module, tuple[str, ...]]:
+    """The model to train, in training mode, the same on every worker, and what the log should say about it."""
+    config = job.config
+    notes: tuple[str, ...] = ()
+    model: Any
+    if job.classifier:
+        assert config.method == "full", "a classifier is trained whole"
+        assert not config.packing, "a classifier reads one sequence a row"
+        trust = config.model.trust_remote_code
+        model, notes = load_classifier(config.model.path, job.classifier, seed=config.seed, trust_remote_code=trust)
+        model.to(device)
+    else:
+        model = load_base(config.model, config.method, device)
     if config.packing:
         longest = plain_beyond(model)
         if config.max_length > longest:
@@ -299,8 +323,7 @@ def _build_model(config: FinetuneConfig, device: torch.device) -> torch.nn.Modul
         model = add_adapter(model, config.adapter, seed=config.seed)
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    built: torch.nn.Module = model.train()
-    return built
+    return model.train(), notes
 
 
 def _flops_per_token(model: Any, data: TokenDataset) -> float:
@@ -354,7 +377,10 @@ def main() -> None:
 
     values = json.loads(Path(sys.argv[1]).read_text("utf-8"))
     job = WorkerJob(
-        config=FinetuneConfig.model_validate(values["config"]), folder=Path(values["folder"]), data=Path(values["data"])
+        config=FinetuneConfig.model_validate(values["config"]),
+        folder=Path(values["folder"]),
+        data=Path(values["data"]),
+        classifier=ClassifierHead(**values["classifier"]) if "classifier" in values else None,
     )
     dist.init_process_group("nccl" if job.config.resources.num_gpus else "gloo")
     if job.config.resources.num_gpus:

@@ -21,10 +21,11 @@ from stitch_ray.cli import app
 from stitch_ray.config import FinetuneConfig
 from stitch_ray.config.finetune import AdapterConfig
 from stitch_ray.data.synthetic import instruction_corpus
+from stitch_ray.data.trained_on import read_trained_on
 from stitch_ray.engines.base import Request, Sampling
 from stitch_ray.engines.hf import HfEngine
 from stitch_ray.errors import UserError
-from stitch_ray.records import Turn
+from stitch_ray.records import Turn, question_group
 from stitch_ray.runs import Summary
 from stitch_ray.training import checkpoints
 from stitch_ray.training.adapters import add_adapter
@@ -157,6 +158,12 @@ def test_the_model_is_a_hugging_face_folder_that_answers_with_the_template_of_tr
     assert AutoTokenizer.from_pretrained(folder).chat_template == note["template"]
     request = Request(request_id="q", prompt=_QUESTION, sampling=Sampling(max_tokens=4))
     assert HfEngine(str(folder)).generate([request])[0][0].token_ids  # type: ignore[index]
+
+
+def test_the_questions_it_learned_from_are_noted_beside_the_model(reference: Summary, tasks: tuple[Path, Path]) -> None:
+    rows = [json.loads(line) for path in tasks for line in path.open(encoding="utf-8")]
+    groups = {question_group(row["instruction"], row.get("input") or None) for row in rows if row["id"] != "broken"}
+    assert read_trained_on(reference.folder / "model") == groups
 
 
 def test_answers_to_validation_questions_are_in_file_and_report(reference: Summary) -> None:

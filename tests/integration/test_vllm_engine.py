@@ -136,7 +136,7 @@ def test_info_tells_what_runs(engine: VllmEngine, reference: LlamaForCausalLM) -
     assert engine.info.dtype == "float32"
     assert engine.info.max_context == MAX_CONTEXT
     assert engine.info.num_parameters == reference.num_parameters()
-    assert engine.info.methods == {"rate", "generate", "loglikelihood"}
+    assert engine.info.methods == {"rate", "generate", "loglikelihood", "token_statistics"}
 
 
 @pytest.mark.parametrize("layout", ["prompt_first", "content_first"])
@@ -209,8 +209,10 @@ def test_greedy_generation_equals_transformers(
     assert first.finish_reason == ("stop" if whole[-1] == tokenizer.eos_token_id else "length")
     assert first.text == tokenizer.decode(first.token_ids, skip_special_tokens=True)
     assert first.logprobs is not None
-    expected = log_probs(reference, tuple(whole))[len(ids) - 1 : -1].max(-1).values
-    torch.testing.assert_close(torch.tensor(first.logprobs).double(), expected, atol=1e-3, rtol=0)
+    best = log_probs(reference, tuple(whole))[len(ids) - 1 : -1].topk(2, -1).values
+    torch.testing.assert_close(torch.tensor(first.logprobs).double(), best[:, 0], atol=1e-3, rtol=0)
+    margins = best.exp()[:, 0] - best.exp()[:, 1]
+    torch.testing.assert_close(torch.tensor(first.margins).double(), margins, atol=1e-3, rtol=0)
     assert first.entropies is None
 
 
@@ -292,6 +294,22 @@ def test_loglikelihood_equals_the_sum_of_a_naive_forward(
         assert outcome[1] == (rows.argmax(-1).tolist() == list(tail))
     assert isinstance(outcomes[2], tuple)
     assert outcomes[2][1]
+
+
+def test_token_statistics_of_a_sample_equal_those_recorded_while_it_was_drawn(engine: VllmEngine) -> None:
+    prompt = (5, 9, 30)
+    sampling = Sampling(max_tokens=16, temperature=1.5, num_samples=3, seed=1, token_stats=True)
+    drawn = answers(engine.generate([Request(request_id="a", prompt=prompt, sampling=sampling)])[0])
+    forced = engine.token_statistics(
+        [Request(request_id="b", prompt=prompt, continuation=one.token_ids) for one in drawn]
+        + [Request(request_id="bad", prompt=prompt)]
+    )
+    assert isinstance(forced.pop(), EngineError)
+    for one, found in zip(drawn, forced, strict=True):
+        assert not isinstance(found, EngineError)
+        np.testing.assert_allclose(found.logprobs, one.logprobs, atol=1e-3)  # type: ignore[arg-type]
+        np.testing.assert_allclose(found.margins, one.margins, atol=1e-3)  # type: ignore[arg-type]
+        assert found.entropies is None
 
 
 def test_a_loglikelihood_that_is_not_defined_is_an_error_in_its_slot(engine: VllmEngine) -> None:

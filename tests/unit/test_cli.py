@@ -14,6 +14,7 @@ from ray.exceptions import RayTaskError
 from typer.testing import CliRunner
 
 from stitch_ray.cli import app
+from stitch_ray.config import CONFIGS
 from stitch_ray.console import exits, user_error
 from stitch_ray.errors import UserError
 from stitch_ray.runs import MANIFEST, RunFolder
@@ -34,6 +35,9 @@ def invoke(*arguments: object) -> Any:
     [
         ("demo", ["tiny model", "--out"]),
         ("select", ["keep the best part", "CONFIG.yaml", "--set", "--out", "--address", "--limit", "--dry-run"]),
+        ("sample-answers", ["candidate answers", "CONFIG.yaml", "--limit", "--dry-run"]),
+        ("train-scorer", ["reliability scorer", "CONFIG.yaml", "--dry-run"]),
+        ("calibrate", ["with a guarantee", "CONFIG.yaml", "--dry-run"]),
         ("tiny-model", ["small Llama", "--data", "--parameters", "--seed"]),
         ("submit", ["running cluster", "--address", "--follow"]),
         ("doctor", ["versions", "--address"]),
@@ -156,7 +160,7 @@ def test_schema_is_json_that_knows_the_smallest_configuration() -> None:
 def test_an_unknown_job_is_exit_2_with_the_known_ones(command: tuple[str, ...]) -> None:
     result = invoke(command[0], "slect", *command[1:])
     assert result.exit_code == 2
-    assert result.stderr == "error: unknown job 'slect'; known: select, finetune\n"
+    assert result.stderr == f"error: unknown job 'slect'; known: {', '.join(CONFIGS)}\n"
 
 
 @pytest.mark.parametrize("command", [("select",), ("plan",), ("validate", "select"), ("select", "--dry-run")])

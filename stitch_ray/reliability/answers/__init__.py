@@ -1,0 +1,1 @@
+"""`sample-answers`: candidate answers, their labels and signals."""

@@ -1,0 +1,1 @@
+"""`calibrate`: the threshold with a guarantee."""

@@ -1,0 +1,1 @@
+"""`train-scorer`: an encoder and signals made one probability."""
