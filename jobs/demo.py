@@ -15,6 +15,7 @@ from stitch_ray.config import CONFIGS
 from stitch_ray.console import Overwrite, exits, progress_bar
 from stitch_ray.data.made_questions import short_questions
 from stitch_ray.data.synthetic import instruction_corpus
+from stitch_ray.ray_session import session
 from stitch_ray.runs import Summary
 
 _ROWS, _QUESTIONS = 400, 2400
@@ -42,41 +43,42 @@ def demo(
         print("\n".join(filter(None, ("", summary.text, summary.line))))
         return summary
 
-    choosing = {"data": {"paths": [str(corpus)]}, "models": [{"path": str(model)}], "select": {"proportion": 0.5}}
-    chosen = run("select", choosing).folder / "selected.jsonl"
-    kept = [json.loads(line) for line in chosen.open(encoding="utf-8")]
-    good, share = (sum(row["quality"] == "good" for row in of) / len(of) for of in (kept, rows))
-    print(f"good answers: {share:.0%} of the corpus, {good:.0%} of what was kept (the model is a toy)")
+    with session():  # one Ray for all of it
+        choosing = {"data": {"paths": [str(corpus)]}, "models": [{"path": str(model)}], "select": {"proportion": 0.5}}
+        chosen = run("select", choosing).folder / "selected.jsonl"
+        kept = [json.loads(line) for line in chosen.open(encoding="utf-8")]
+        good, share = (sum(row["quality"] == "good" for row in of) / len(of) for of in (kept, rows))
+        print(f"good answers: {share:.0%} of the corpus, {good:.0%} of what was kept (the model is a toy)")
 
-    training = {
-        "model": {"path": str(model)},
-        "tasks": [{"name": "instructions", "data": str(chosen)}, {"name": "questions", "data": str(questions)}],
-        "max_length": 512,
-        "batch": {"tokens": 1024},
-        "epochs": 10,
-        "optimizer": {"learning_rate": 3e-3, "warmup": 0.1},
-        "workers": 2,
-        "split": {"validation": 0.05, "test": _HELD_OUT},
-        "eval": {"every": 50},
-    }
-    trained = run("finetune", training).folder / "model"
+        training = {
+            "model": {"path": str(model)},
+            "tasks": [{"name": "instructions", "data": str(chosen)}, {"name": "questions", "data": str(questions)}],
+            "max_length": 512,
+            "batch": {"tokens": 1024},
+            "epochs": 14,
+            "optimizer": {"learning_rate": 3e-3, "warmup": 0.1},
+            "workers": 2,
+            "split": {"validation": 0.05, "test": _HELD_OUT},
+            "eval": {"every": 50},
+        }
+        trained = run("finetune", training).folder / "model"
 
-    sampling = {
-        "data": {"paths": [str(questions)]},
-        "model": {"path": str(trained)},
-        "samples": {"num": 4, "max_tokens": 4},
-        "signals": {"names": _SIGNALS},
-    }
-    answers = run("sample-answers", sampling).folder
-    scoring = {
-        "answers": [str(answers)],
-        "encoder": {"path": str(trained), "max_length": 64},
-        "signals": _SIGNALS,
-        "training": {"epochs": 2, "learning_rate": 1e-3, "resources": {"num_threads": 2}},
-    }
-    scorer = run("train-scorer", scoring).folder
-    run("calibrate", {"answers": [str(answers)], "scorer": str(scorer)})
-    print(f"\nreports: {', '.join(str(path) for path in sorted(out.glob('*/report.html')))}")
+        sampling = {
+            "data": {"paths": [str(questions)]},
+            "model": {"path": str(trained)},
+            "samples": {"num": 4, "max_tokens": 4},
+            "signals": {"names": _SIGNALS},
+        }
+        answers = run("sample-answers", sampling).folder
+        scoring = {
+            "answers": [str(answers)],
+            "encoder": {"path": str(trained), "max_length": 64},
+            "signals": _SIGNALS,
+            "training": {"epochs": 1, "learning_rate": 1e-3, "resources": {"num_threads": 2}},
+        }
+        scorer = run("train-scorer", scoring).folder
+        run("calibrate", {"answers": [str(answers)], "scorer": str(scorer)})
+        print(f"\nreports: {', '.join(str(path) for path in sorted(out.glob('*/report.html')))}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from stitch_ray.config.reliability import SIGNAL_NAMES, AnswerSplitConfig
 from stitch_ray.data import readers
 from stitch_ray.data.corpus import inputs_hash
+from stitch_ray.data.json_stream import is_utf8_text
 from stitch_ray.data.quarantine import BadRow, Quarantined
 from stitch_ray.data.splits import split_among
 from stitch_ray.errors import UserError
@@ -214,6 +215,8 @@ def _text(record: Mapping[str, Any], field: str) -> str:
     value = record.get(field)
     if not isinstance(value, str):
         raise BadRow(f"missing field {field!r}" if value is None else f"field {field!r} is no text")
+    if not is_utf8_text(value):
+        raise BadRow(f"field {field!r} holds a lone surrogate, which no file in UTF-8 can hold")
     return value
 
 

@@ -57,6 +57,7 @@ def test_rows_become_answers_with_labels_splits_and_signals(tmp_path: Path) -> N
     [
         ({"answer": "a"}, "missing field 'question'"),
         ({"question": "  ", "answer": "a"}, "empty question"),
+        ({"question": "q", "answer": "\ud800"}, "field 'answer' holds a lone surrogate"),
         ({"question": "q"}, "missing field 'answer'"),
         ({"question": "q", "answer": 3}, "field 'answer' is no text"),
         (row(label=1.5), "label 1.5 is not between 0 and 1"),

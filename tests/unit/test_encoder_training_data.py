@@ -133,6 +133,11 @@ def test_forwards_divide_the_batch(batch: int, workers: int, gpus: int, examples
     assert found.micro_batches * examples == batch
 
 
+def test_short_inputs_need_fewer_forwards() -> None:
+    found = [finetune_config(config(batch=64), longest).batch.examples for longest in (512, 100, 64, 10, 5000)]
+    assert found == [8, 32, 64, 64, 1]
+
+
 def test_a_batch_that_workers_cannot_share_is_refused_with_one_that_they_can() -> None:
     with pytest.raises(UserError, match=r"training\.batch: 32 answers .* 3 workers; set it to 33"):
         finetune_config(config(batch=32, workers=3))

@@ -68,7 +68,7 @@ def run(ready: Ready, folder: RunFolder, progress: Progress = lambda step: None)
         outcome = train_encoder(config, usable.rows, path, progress=progress)
     scorer = _fit(ready, path, usable, answers.answers_from, progress)
     folder.disposable = False
-    write_trained_on(path, _learned_from(usable))
+    write_trained_on(path, [*_learned_from(usable), *read_trained_on(path / MODEL)])
 
     tested = _of_splits(usable.held, "test")
     held = score_answers(path, usable.held, progress=progress, **_where(ready))

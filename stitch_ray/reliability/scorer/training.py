@@ -30,8 +30,9 @@ __all__ = ["EncoderOutcome", "TrainingRow", "check_encoder", "finetune_config", 
 CALL_LOG_VARIABLE = "STITCH_RAY_CALL_LOG"
 """As in `finetune`: names a file to which every worker appends `step, slot, answer ids`."""
 
-_MOST_IN_A_FORWARD = {"cpu": 8, "gpu": 32}
-"""Answers in a forward at most: what it needs of memory is then the same for every `training.batch`."""
+_TOKENS_IN_A_FORWARD = {"cpu": 4096, "gpu": 16384}
+"""At most, padding included, so that what a forward needs of memory does not grow with `training.batch`. As few forwards
+as this allows: every one of them ends in a pass over all gradients."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +95,7 @@ def train_encoder(
     head = ClassifierHead(training.loss, encoder.train)
     longest = max((len(row.ids) for row in rows), default=0)
     parameters = check_encoder(config, longest)
-    settings = finetune_config(config)
+    settings = finetune_config(config, longest)
     data = folder / "work" / "data"
     facts = prepare(data, rows, config.training)
     plan_data = TokenDataset.open(data / TRAIN)
@@ -152,9 +153,10 @@ def check_encoder(config: TrainScorerConfig, longest: int) -> int:
     return check_classifier(config.encoder.path, longest, trust_remote_code=config.encoder.trust_remote_code)
 
 
-def finetune_config(config: TrainScorerConfig) -> FinetuneConfig:
+def finetune_config(config: TrainScorerConfig, longest: int | None = None) -> FinetuneConfig:
     """The settings of the training loop. A step is `training.batch` answers, in forwards of a size that divides it.
 
+    `longest`: tokens of the longest input; default: `encoder.max_length`.
     Raises UserError for a batch that the workers cannot share evenly.
     """
     encoder, training = config.encoder, config.training
@@ -165,8 +167,10 @@ def finetune_config(config: TrainScorerConfig) -> FinetuneConfig:
             f"set it to {training.workers * (training.batch // training.workers + 1)}"
         )
     share = training.batch // training.workers
-    most = _MOST_IN_A_FORWARD["gpu" if training.resources.num_gpus else "cpu"]
-    examples = max(size for size in range(1, min(most, share) + 1) if share % size == 0)
+    most = _TOKENS_IN_A_FORWARD["gpu" if training.resources.num_gpus else "cpu"] // max(
+        1, longest or encoder.max_length
+    )
+    examples = max(size for size in range(1, min(max(1, most), share) + 1) if share % size == 0)
     every = {"every": training.eval_every}
     stopping = training.early_stopping
     return FinetuneConfig.model_validate(
