@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -19,6 +22,7 @@ from benchmarks.harness import RESULTS, publish, table
 from benchmarks.uncertainty import metrics, scoring, semantic
 
 THREADS = 2
+QUESTIONS, SAMPLES, QUESTIONS_OF_SQUAD = 60, 6, 300
 
 Facts = dict[str, Any]
 
@@ -45,12 +49,17 @@ def main(
 
 
 def _scoring(repeats: int) -> tuple[str, Facts]:
-    found = scoring.compare(repeats=repeats)
-    return found["text"], found
+    workloads = {"mixed lengths": scoring.mixed()}
+    real = Path(os.environ.get("STITCH_RAY_DATA", Path(__file__).parents[2] / "shared" / "data")) / "exar" / "squad"
+    if real.is_dir():
+        workloads["EXAR SQuAD, three temperatures"] = scoring.sampled_answers(real, QUESTIONS_OF_SQUAD)
+    with tempfile.TemporaryDirectory(prefix="stitch-ray-bench-") as scratch:
+        rows = scoring.compare(Path(scratch), workloads, repeats=repeats)
+    return table(rows), {"rows": rows}
 
 
 def _semantic(repeats: int) -> tuple[str, Facts]:
-    found = semantic.compare(repeats=repeats)
+    found = semantic.compare(QUESTIONS, SAMPLES, repeats)
     rows = [
         {
             "equivalence": kind,
@@ -60,10 +69,7 @@ def _semantic(repeats: int) -> tuple[str, Facts]:
         }
         for kind, sides in found.items()
     ]
-    return (
-        f"{semantic.compare.__defaults__[0]} questions, {semantic.compare.__defaults__[1]} samples each.\n\n{table(rows)}",
-        found,
-    )  # type: ignore[index]
+    return f"{QUESTIONS} questions, {SAMPLES} samples each.\n\n{table(rows)}", found
 
 
 def _metrics(repeats: int) -> tuple[str, Facts]:

@@ -70,9 +70,9 @@ def mixed(count: int = 600, seed: int = 0, typical: float = 32, spread: float = 
     return inputs
 
 
-def sampled_answers(folder: Path) -> list[ScoreInput]:
+def sampled_answers(folder: Path, questions: int | None = None) -> list[ScoreInput]:
     """EXAR's answers to SQuAD questions at three temperatures (`exar/squad` of the real data): as sampled, repeats and
-    all."""
+    all. `questions`: only of the first ones."""
     import openpyxl
 
     inputs = []
@@ -80,7 +80,7 @@ def sampled_answers(folder: Path) -> list[ScoreInput]:
         book = openpyxl.load_workbook(folder / f"squad_preds_metrics_t{temperature}_deberta.xlsx", read_only=True)
         head, *rows = book.worksheets[0].iter_rows(values_only=True)
         question, answer = head.index("question"), head.index("Generated_Response")
-        inputs += [ScoreInput(str(row[question]), str(row[answer])) for row in rows]
+        inputs += [ScoreInput(str(row[question]), str(row[answer])) for row in rows[:questions]]
     return inputs
 
 
