@@ -329,10 +329,18 @@ def test_the_json_schema_is_valid_refuses_unknown_keys_and_takes_the_smallest_co
     schema = CONFIGS[job].model_json_schema()
     checker = jsonschema.validators.validator_for(schema)
     checker.check_schema(schema)
-    smallest = {"select": SMALLEST, "finetune": SMALLEST_FINETUNE}[job]
+    smallest = {
+        "select": SMALLEST,
+        "finetune": SMALLEST_FINETUNE,
+        "sample-answers": {"data": {"paths": ["questions.json"]}, "model": {"path": "models/tiny"}},
+        "train-scorer": {"answers": ["answers.jsonl"], "signals": ["perplexity"]},
+        "calibrate": {"answers": ["answers.jsonl"]},
+    }[job]
     assert checker(schema).is_valid(smallest)
     assert not checker(schema).is_valid({**smallest, "ratings": {}})
-    assert not checker(schema).is_valid({"data": {"paths": ["a"]}})
+    assert not checker(schema).is_valid({**smallest, "seed": "no number"})
+    for key in schema.get("required", []):
+        assert not checker(schema).is_valid({name: value for name, value in smallest.items() if name != key})
 
 
 def test_paths_that_exist_become_absolute_and_names_of_remote_things_stay(tmp_path: Path) -> None:
