@@ -11,7 +11,12 @@ from numpy.typing import NDArray
 
 from stitch_ray.config.sample_answers import SampleAnswersConfig
 from stitch_ray.engines.base import Engine, EngineError, Generation, RatingBatch, Request, TokenStatistics
+from stitch_ray.errors import UserError
 from stitch_ray.reliability.answers.questions import Prompter
+
+
+_NOTHING_ELSE = "endpoint: a server of the chat API only answers; name signals and options that need no more"
+"""Pre-flight refuses what would come here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +53,13 @@ class Server:
         return found
 
     def rate(self, batch: RatingBatch) -> NDArray[np.float32]:
-        raise NotImplementedError
+        raise UserError(_NOTHING_ELSE)
 
     def loglikelihood(self, requests: Sequence[Request]) -> list[tuple[float, bool] | EngineError]:
-        raise NotImplementedError
+        raise UserError(_NOTHING_ELSE)
 
     def token_statistics(self, requests: Sequence[Request]) -> list[TokenStatistics | EngineError]:
-        raise NotImplementedError
+        raise UserError(_NOTHING_ELSE)
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        raise NotImplementedError
+        raise UserError(_NOTHING_ELSE)
