@@ -14,7 +14,6 @@ from stitch_ray.engines.base import Engine, EngineError, Generation, RatingBatch
 from stitch_ray.errors import UserError
 from stitch_ray.reliability.answers.questions import Prompter
 
-
 _NOTHING_ELSE = "endpoint: a server of the chat API only answers; name signals and options that need no more"
 """Pre-flight refuses what would come here."""
 
