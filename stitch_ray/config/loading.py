@@ -77,9 +77,10 @@ def absolute_paths(config: Strict, base: Path) -> dict[str, Any]:
 
 
 def _make_absolute(values: Any, keys: Sequence[str], base: Path) -> None:
-    """Follow `keys` ("*": every entry of a list) and replace what is there by its absolute path, if it is a file."""
+    """Follow `keys` ("*": every entry of a list or mapping) and replace what is there by its absolute path, if it is a file."""
     key, *rest = keys
-    places = range(len(values)) if key == "*" else [key] if key in values else []
+    everywhere = list(values) if isinstance(values, dict) else range(len(values))
+    places = everywhere if key == "*" else [key] if key in values else []
     for place in places:
         if rest:
             _make_absolute(values[place], rest, base)

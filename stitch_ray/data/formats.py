@@ -16,6 +16,8 @@ from stitch_ray.errors import UserError
 from stitch_ray.records import Example, Turn
 
 MAX_CHARACTERS = 1_000_000
+BARE = "question"
+"""Format of questions that nobody has answered yet. Not in `FORMATS`: only who asks can use it, nobody can learn from it."""
 
 Record = Mapping[str, Any]
 
@@ -61,11 +63,14 @@ def convert(row: SourceRow, format: str = "auto", max_characters: int = MAX_CHAR
     `max_characters` bounds messages, context and the references after the first together.
     Raises `BadRow` with the reason when the row cannot be used, `UserError` when there is no such format.
     """
-    if format != "auto" and format not in FORMATS:
+    if format not in ("auto", BARE) and format not in FORMATS:
         raise UserError(f"unknown format '{format}'; write one of: auto, {', '.join(FORMATS)}")
     if row.record is None:
         raise BadRow(row.error or "row could not be read")
-    parsed = FORMATS[_guess(row.record) if format == "auto" else format](row.record)
+    if format == BARE:
+        parsed = _question(row.record)
+    else:
+        parsed = FORMATS[_guess(row.record) if format == "auto" else format](row.record)
     texts = [turn.content for turn in parsed.messages] + [parsed.context or "", *parsed.references[1:]]
     if (length := sum(map(len, texts))) > max_characters:
         raise BadRow(f"example is {length:,} characters long, more than the {max_characters:,} allowed")
@@ -132,6 +137,14 @@ def _question_answer(record: Record) -> Parsed:
     answers = tuple(_filled(numbered, name, "response") for name in numbered)
     question = Turn("user", _filled(record, "question", "instruction"))
     return Parsed((question, Turn("assistant", answers[0])), _optional(record, "context"), answers)
+
+
+def _question(record: Record) -> Parsed:
+    """In the form that a served ensemble takes: question, context, history. The answer is left empty."""
+    items = _items(record, "history") if record.get("history") else ()
+    history = [Turn(_role(item, "role", where), _content(item, where)) for where, item in items]
+    question = Turn("user", _filled(record, "question", "instruction"))
+    return Parsed((*history, question, Turn("assistant", "")), _optional(record, "context"))
 
 
 def _messages(record: Record) -> Parsed:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,13 +58,17 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
-    """One sampled answer. The last three have one value a token when asked for; see `TokenStatistics`."""
+    """One sampled answer. The last three have one value a token when asked for; see `TokenStatistics`.
+
+    `completion_tokens`: tokens written, where `token_ids` are not told but their number is.
+    """
 
     text: str
     token_ids: Ids
     finish_reason: Literal["stop", "length"]
     prompt_tokens: int
     cached_tokens: int = 0
+    completion_tokens: int | None = None
     logprobs: tuple[float, ...] | None = None
     entropies: tuple[float, ...] | None = None
     margins: tuple[float, ...] | None = None
@@ -156,13 +160,37 @@ class Engine(Protocol):
         ...
 
 
-class AsyncEngine(Protocol):
-    """One request; cancelling the task aborts it. All that a predictor sees."""
+class LoadedEngine(Engine, Protocol):
+    """An engine that holds a model of its own."""
 
-    info: EngineInfo
+    def close(self) -> None:
+        """Free the model. May be called twice."""
+        ...
+
+
+@runtime_checkable
+class InterruptibleEngine(Protocol):
+    """An engine that can leave off an answer it has begun."""
+
+    def generate_unless(
+        self, requests: Sequence[Request], cancelled: Callable[[int], bool]
+    ) -> list[list[Generation] | EngineError]:
+        """`generate`, which asks `cancelled(index)` at every token and ends that request with an EngineError if so."""
+        ...
+
+
+class AsyncEngine(Protocol):
+    """One request; cancelling the task aborts it. All that a predictor sees. Every method raises EngineError."""
+
+    @property
+    def info(self) -> EngineInfo: ...
 
     async def generate(self, request: Request) -> list[Generation]: ...
 
     async def loglikelihood(self, request: Request) -> tuple[float, bool]: ...
 
+    async def token_statistics(self, request: Request) -> TokenStatistics: ...
+
     def stream(self, request: Request) -> AsyncIterator[str]: ...
+
+    async def close(self) -> None: ...

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,7 +16,14 @@ from transformers.utils.logging import disable_progress_bar
 
 from stitch_ray.engines import hf_statistics, hf_text
 from stitch_ray.engines.base import EngineError, EngineInfo, Generation, RatingBatch, Request, TokenStatistics
-from stitch_ray.engines.fingerprint import model_fingerprint, model_folder
+from stitch_ray.engines.fingerprint import model_fingerprint
+from stitch_ray.engines.hf_adapters import (
+    adapter_base,
+    attach_adapters,
+    detach_adapter,
+    is_adapter,
+    tokenizer_path,
+)
 from stitch_ray.engines.pretrained import context_length, default_batch_tokens, first_line, load_tokenizer
 from stitch_ray.engines.rating import PlainRater, Rater, fastest_rater, plain_beyond
 from stitch_ray.errors import UserError
@@ -39,7 +44,8 @@ class HfEngine:
     `adapters`, name -> folder, are LoRA adapters of the model at `path`; `Request.adapter` names the one that answers,
     None the model alone, as do `rate` and `embed`. Where `path` itself is an adapter's folder, its base model is loaded
     and the adapter is part of the model, for everything. Raises UserError for a path that holds no usable model, and
-    for an adapter that does not fit.
+    for an adapter that does not fit. `load_adapter` and `unload_adapter` change the adapters later: `info.adapters` tells
+    those that are there, while `info.fingerprint` stays that of what the engine was made with.
     """
 
     def __init__(
@@ -70,6 +76,7 @@ class HfEngine:
         if own:
             attach_adapters(self._model, {"default": path}, base)
             fingerprint = content_hash([fingerprint, model_fingerprint(base)])
+        self._base = None if own else base
         # PEFT changes the layers in place, so that `self._model` stays the plain Transformers model to everyone
         self._adapters = attach_adapters(self._model, adapters, base) if adapters else None
         if adapters:
@@ -102,23 +109,43 @@ class HfEngine:
             return self._rater.rate(batch)
 
     def generate(self, requests: Sequence[Request]) -> list[list[Generation] | EngineError]:
-        return self._by_adapter(
-            requests, lambda some: hf_text.generate(self._model, self._tokenizer, some, **self._limits())
-        )
+        return self._generate(requests, None)
+
+    def generate_unless(
+        self, requests: Sequence[Request], cancelled: Callable[[int], bool]
+    ) -> list[list[Generation] | EngineError]:
+        return self._generate(requests, cancelled)
 
     def loglikelihood(self, requests: Sequence[Request]) -> list[tuple[float, bool] | EngineError]:
         return self._by_adapter(
-            requests, lambda some: hf_statistics.loglikelihood(self._model, self._tokenizer, some, **self._limits())
+            requests, lambda some, _: hf_statistics.loglikelihood(self._model, self._tokenizer, some, **self._limits())
         )
 
     def token_statistics(self, requests: Sequence[Request]) -> list[TokenStatistics | EngineError]:
         return self._by_adapter(
-            requests, lambda some: hf_statistics.token_statistics(self._model, self._tokenizer, some, **self._limits())
+            requests,
+            lambda some, _: hf_statistics.token_statistics(self._model, self._tokenizer, some, **self._limits()),
         )
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         with self._answering(None):
             return hf_text.embed(self._model, self._tokenizer, texts, **self._limits())
+
+    def load_adapter(self, name: str, path: str) -> None:
+        """Put one more LoRA adapter beside the others. Raises UserError, and leaves all as it was, if it does not fit."""
+        if self._base is None:
+            raise UserError(f"adapters: {self.info.model} is an adapter itself; load its base model to carry {name!r}")
+        if name in self.info.adapters:
+            raise UserError(f"adapters: {name!r} is loaded already; unload it first")
+        self._adapters = attach_adapters(self._model, {name: path}, self._base, self._adapters)
+        self._adapters_are((*self.info.adapters, name))
+
+    def unload_adapter(self, name: str) -> None:
+        """Free the weights of one adapter. Raises UserError if it is not there."""
+        if name not in self.info.adapters:
+            raise UserError(f"adapters: no {name!r} to unload; loaded: {', '.join(self.info.adapters) or 'none'}")
+        self._adapters = detach_adapter(self._adapters, name)
+        self._adapters_are(tuple(one for one in self.info.adapters if one != name))
 
     def close(self) -> None:
         """Free the weights."""
@@ -131,12 +158,25 @@ class HfEngine:
     def _limits(self) -> dict[str, int]:
         return {"token_budget": 4 * self.batch_tokens, "max_context": self.info.max_context}
 
+    def _adapters_are(self, names: tuple[str, ...]) -> None:
+        self.info = replace(self.info, adapters=names)
+        self._rater = None  # it was checked against layers that have just been replaced
+
+    def _generate(
+        self, requests: Sequence[Request], cancelled: Callable[[int], bool] | None
+    ) -> list[list[Generation] | EngineError]:
+        def answer(some: list[Request], slots: list[int]) -> list[list[Generation] | EngineError]:
+            asked = None if cancelled is None else lambda index: cancelled(slots[index])
+            return hf_text.generate(self._model, self._tokenizer, some, cancelled=asked, **self._limits())
+
+        return self._by_adapter(requests, answer)
+
     def _by_adapter(
-        self, requests: Sequence[Request], answer: Callable[[list[Request]], list[Answer | EngineError]]
+        self, requests: Sequence[Request], answer: Callable[[list[Request], list[int]], list[Answer | EngineError]]
     ) -> list[Answer | EngineError]:
-        """Answers in the order of `requests`, one adapter after another."""
+        """Answers in the order of `requests`, one adapter after another. `answer` also gets the places of its share."""
         if not self.info.adapters:
-            return answer(list(requests))
+            return answer(list(requests), list(range(len(requests))))
         answers: dict[int, Answer | EngineError] = {}
         slots: dict[str | None, list[int]] = {}
         for slot, request in enumerate(requests):
@@ -147,7 +187,7 @@ class HfEngine:
                 answers[slot] = EngineError(request.request_id, f"no adapter {request.adapter!r}; known: {known}")
         for adapter, together in slots.items():
             with self._answering(adapter):
-                some = answer([replace(requests[slot], adapter=None) for slot in together])
+                some = answer([replace(requests[slot], adapter=None) for slot in together], together)
             answers.update(zip(together, some, strict=True))
         return [answers[slot] for slot in range(len(requests))]
 
@@ -188,99 +228,3 @@ def attend_as_defined(model: Any) -> None:
     """Keep Gemma 2's soft-capping of attention scores: "sdpa", the default, drops it (transformers issue 32877)."""
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")
-
-
-# Adapters
-
-
-def is_adapter(path: str) -> bool:
-    """Whether `path` is a folder, or a cached Hub id, with a PEFT adapter and no model of its own."""
-    folder = Path(path) if Path(path).is_dir() else model_folder(path)
-    return folder is not None and (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
-
-
-def adapter_config(path: str) -> Any:
-    """The LoRA configuration in the adapter folder `path`. Raises UserError if there is none."""
-    from peft import LoraConfig, PeftConfig
-
-    if not is_adapter(path):
-        raise UserError(f"{path}: no adapter in this folder (an adapter_config.json without a config.json)")
-    try:
-        config = PeftConfig.from_pretrained(str(model_folder(path)))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}/adapter_config.json: cannot be read ({first_line(error)})") from error
-    if not isinstance(config, LoraConfig):
-        raise UserError(f"{path}: holds a {config.peft_type} adapter; only LoRA adapters can be used")
-    return config
-
-
-def adapter_base(path: str) -> str:
-    """Path or Hub id of the model that the adapter at `path` was trained on. Raises UserError if it is not there."""
-    base = adapter_config(path).base_model_name_or_path
-    fix = f"restore it, or correct base_model_name_or_path in {path}/adapter_config.json (merge takes --base)"
-    if not base:
-        raise UserError(f"{path}: the adapter names no base model; {fix}")
-    try:
-        model_folder(base)
-    except UserError as error:
-        raise UserError(f"{path}: the base model of the adapter is missing ({error}); {fix}") from error
-    return str(base)
-
-
-def tokenizer_path(adapter: str, base: str) -> str:
-    """Where the tokenizer is: a trained adapter brings its own, with the chat template of its training."""
-    folder = model_folder(adapter)
-    return adapter if folder is not None and (folder / "tokenizer_config.json").is_file() else base
-
-
-def check_base(adapter: str, base: str) -> None:
-    """Raises UserError if the adapter at `adapter` says that it was trained on a model other than that at `base`."""
-    note = (model_folder(adapter) or Path(adapter)) / "stitch_ray.json"
-    trained_on = json.loads(note.read_text(encoding="utf-8")).get("base_fingerprint") if note.is_file() else None
-    if trained_on and trained_on != model_fingerprint(base):
-        raise UserError(
-            f"{adapter}: trained on a base model with fingerprint {trained_on}, and {base} has "
-            f"{model_fingerprint(base)}. Use the model it was trained on; "
-            f"if only tokenizer or template files differ, remove base_fingerprint from {note}"
-        )
-
-
-def attach_adapters(model: Any, adapters: Mapping[str, str], base: str | None) -> Any:
-    """Put LoRA adapters, name -> folder, into the layers of `model`, frozen; the first is active. Returns a PeftModel.
-
-    `base`: path of the model, compared with what an adapter says about its own; None: not compared. Raises UserError
-    for a folder that holds no LoRA adapter, and for weights that are not exactly those its configuration asks for.
-    """
-    from peft import PeftModel
-    from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
-
-    together: Any = None
-    for name, path in adapters.items():
-        if not re.fullmatch(r"[\w-]+", name):
-            raise UserError(f"adapters: {name!r}: a name is made of letters, digits, _ and -")
-        config = adapter_config(path)
-        config.inference_mode = True
-        if base is not None:
-            check_base(path, base)
-        try:
-            if together is None:
-                together = PeftModel(model, config, adapter_name=name)
-            else:
-                together.add_adapter(name, config)
-            weights = load_peft_weights(str(model_folder(path)), device="cpu")
-            result: Any = set_peft_model_state_dict(together, weights, adapter_name=name)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"{path}: the adapter does not fit its base model ({first_line(error)})") from error
-        wrong = [key for key in weights if ".lora_" not in key]
-        wrong += [*result.unexpected_keys, *(key for key in result.missing_keys if _is_of(key, name))]
-        if wrong:
-            raise UserError(
-                f"{path}: the adapter does not fit its base model: {len(wrong)} weights too many or missing, "
-                f"such as {wrong[0]}"
-            )
-    model.eval()
-    return together
-
-
-def _is_of(key: str, adapter: str) -> bool:
-    return re.search(rf"\.lora_\w+\.{adapter}(\.|$)", key) is not None

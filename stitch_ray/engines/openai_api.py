@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import email.utils
-import math
 import random
-import time
 from asyncio import AbstractEventLoop
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
@@ -17,10 +14,11 @@ from weakref import WeakKeyDictionary
 from openai import APIConnectionError, APIStatusError, AsyncOpenAI, OpenAIError
 
 from stitch_ray.config.reliability import EndpointConfig
-from stitch_ray.engines.base import EngineError, EngineInfo, Generation, Request
+from stitch_ray.engines.base import EngineError, EngineInfo, Generation, Request, TokenStatistics
 from stitch_ray.engines.endpoint import bearer_token, check_endpoint, connect, endpoint_fingerprint, own_headers
 from stitch_ray.engines.openai_chat import chat_body, read_completion, read_piece, sample_seed
 from stitch_ray.errors import UserError
+from stitch_ray.retry_after import retry_after_s
 
 __all__ = ["METHODS", "OpenAIEngine", "check_endpoint", "endpoint_fingerprint"]
 
@@ -103,6 +101,9 @@ class OpenAIEngine:
         return answers * sampling.num_samples if sampling.temperature == 0 else answers[:wanted]
 
     async def loglikelihood(self, request: Request) -> tuple[float, bool]:
+        raise EngineError(request.request_id, "an endpoint cannot score a given continuation")
+
+    async def token_statistics(self, request: Request) -> TokenStatistics:
         raise EngineError(request.request_id, "an endpoint cannot score a given continuation")
 
     async def stream(self, request: Request) -> AsyncIterator[str]:
@@ -233,7 +234,10 @@ class OpenAIEngine:
                 refused = status in (400, 422)
                 retryable = (status in _RETRYABLE or status >= 500) and error.code != "insufficient_quota"
                 said = error.body.get("message") if isinstance(error.body, dict) else None
-                return _Failure(failed(f"HTTP {status}: {said or error.message}", retryable), _retry_after_s(error))
+                return _Failure(
+                    failed(f"HTTP {status}: {said or error.message}", retryable),
+                    retry_after_s(error.response.headers.get("retry-after")),
+                )
             case APIConnectionError(__cause__=cause) if not isinstance(cause, TimeoutError):
                 return _Failure(failed(f"no connection to {self._config.url} ({cause or error})", True))
             case TimeoutError() | APIConnectionError():
@@ -264,18 +268,3 @@ class _Failure:
 
 class _RefusedError(EngineError):
     """The server does not take the request as it is."""
-
-
-def _retry_after_s(error: APIStatusError) -> float | None:
-    """Retry-After is a number of seconds or a date (RFC 9110, Sec. 10.2.3)."""
-    value = error.response.headers.get("retry-after")
-    if value is None:
-        return None
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except ValueError:
-            return None
-    return max(0.0, seconds) if not math.isnan(seconds) else None

@@ -65,6 +65,8 @@ def read_completion(request: Request, completion: Any) -> list[Generation]:
                 finish_reason=reason if end is None else "stop",
                 prompt_tokens=usage.prompt_tokens if usage else 0,
                 cached_tokens=(details.cached_tokens or 0) if details else 0,
+                # the server counts all choices together
+                completion_tokens=usage.completion_tokens if usage and len(completion.choices) == 1 else None,
                 logprobs=logprobs,
                 margins=margins,
             )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from stitch_ray.config.base import ModelConfig
-from stitch_ray.engines.base import Engine
+from stitch_ray.engines.base import LoadedEngine
 
 
-def load_engine(model: ModelConfig) -> Engine:
+def load_engine(model: ModelConfig) -> LoadedEngine:
     """The engine that `model` names, loaded in this process. Raises UserError if it cannot be."""
     if model.engine == "vllm":
         from stitch_ray.engines.vllm_engine import VllmEngine

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,7 +75,7 @@ class Fingerprints:
     route: str = NO_ROUTE
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Policy:
     """Thresholds by task and target risk; the first target is the default.
 
@@ -86,9 +87,9 @@ class Policy:
     fingerprints: Fingerprints
     created_from: Mapping[str, Any]
 
-    @property
+    @cached_property
     def version(self) -> str:
-        """Hash of everything else in the file."""
+        """Hash of everything else in the file. Stands in every answer, so it is taken once."""
         return content_hash(self._content())
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from stitch_ray.data.quarantine import BadRow, Quarantined
 from stitch_ray.data.splits import split_among
 from stitch_ray.errors import UserError
 from stitch_ray.records import ANSWER_SCHEMA, content_hash, question_group
+from stitch_ray.reliability.answering import common
 from stitch_ray.runs import read_manifest
 
 ANSWERS, SIGNALS = "answers.parquet", "signals.parquet"
@@ -34,7 +35,8 @@ _EXTRA = (*SIGNAL_NAMES, "confidence")
 class Answers:
     """Answers by answer id. `signals`: name -> (rows,) float64, NaN where it was not computed.
 
-    `answers_from` is the fingerprint of the model and prompt that gave the answers; None: files do not say.
+    `answers_from` is the fingerprint of the model and prompt that gave the answers, `answering` the settings that all of
+    them have in common; None: files do not say.
     """
 
     table: pa.Table
@@ -43,6 +45,7 @@ class Answers:
     answers_from: str | None
     rows_in: int
     quarantined: tuple[Quarantined, ...]
+    answering: Mapping[str, Any] | None = None
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -58,7 +61,7 @@ class Answers:
         where = np.flatnonzero(rows) if rows.dtype == bool else rows
         signals = {name: values[where] for name, values in self.signals.items()}
         table = self.table.take(pa.array(where, pa.int64()))
-        return Answers(table, signals, self.split, self.answers_from, self.rows_in, self.quarantined)
+        return replace(self, table=table, signals=signals)
 
 
 def sources_of(paths: Sequence[str]) -> list[str]:
@@ -86,13 +89,17 @@ def read_answers(paths: Sequence[str], split: AnswerSplitConfig | None = None) -
     parts, bad, rows_in = [], [], 0
     splits: dict[str, AnswerSplitConfig] = {}
     models: dict[str, str] = {}
+    settings: list[Mapping[str, Any] | None] = []
     for source in sources_of(paths):
         if _is_run(source):
-            part, own, model = _read_run(Path(source))
-            splits[source], models[source] = own, model
+            part, manifest = _read_run(Path(source))
+            splits[source] = AnswerSplitConfig(**manifest["split"])
+            models[source] = str(manifest["answers_from"])
+            settings.append(manifest.get("answering"))
             rows_in += len(part)
         else:
             part, rejected = _read_file(source, split or AnswerSplitConfig())  # type: ignore[call-arg]
+            settings.append(None)
             splits[source] = split or AnswerSplitConfig()  # type: ignore[call-arg]
             bad += rejected
             rows_in += len(part) + len(rejected)
@@ -115,6 +122,7 @@ def read_answers(paths: Sequence[str], split: AnswerSplitConfig | None = None) -
         answers_from=next(iter(models.values()), None),
         rows_in=rows_in,
         quarantined=tuple(bad),
+        answering=common(settings),
     )
 
 
@@ -154,7 +162,8 @@ def _is_run(path: str) -> bool:
     return (Path(path) / ANSWERS).is_file()
 
 
-def _read_run(folder: Path) -> tuple[list[dict[str, Any]], AnswerSplitConfig, str]:
+def _read_run(folder: Path) -> tuple[list[dict[str, Any]], Mapping[str, Any]]:
+    """Its rows and its manifest."""
     manifest = read_manifest(folder)
     if manifest is None or manifest["job"] != "sample-answers" or manifest.get("status") != "done":
         raise UserError(f"answers: {folder} is no finished run of sample-answers; run the same command again")
@@ -163,7 +172,7 @@ def _read_run(folder: Path) -> tuple[list[dict[str, Any]], AnswerSplitConfig, st
         for row in pq.read_table(folder / SIGNALS).to_pylist():
             own = {name: math.nan if value is None else value for name, value in row.items() if name != "answer_id"}
             rows[row["answer_id"]].update(own)
-    return list(rows.values()), AnswerSplitConfig(**manifest["split"]), str(manifest["answers_from"])
+    return list(rows.values()), manifest
 
 
 def _read_file(source: str, split: AnswerSplitConfig) -> tuple[list[dict[str, Any]], list[Quarantined]]:

@@ -16,7 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from stitch_ray.config.finetune import AdapterConfig, BaseModelConfig
 from stitch_ray.engines.fingerprint import model_folder
-from stitch_ray.engines.hf import adapter_config, check_base, load_model
+from stitch_ray.engines.hf import load_model
+from stitch_ray.engines.hf_adapters import adapter_config, check_base
 from stitch_ray.engines.pretrained import load_model_config
 from stitch_ray.errors import UserError
 

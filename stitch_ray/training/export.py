@@ -19,12 +19,12 @@ from transformers.utils import logging as transformers_logging
 from stitch_ray.config.finetune import AdapterConfig
 from stitch_ray.data.trained_on import read_trained_on, write_trained_on
 from stitch_ray.engines.fingerprint import model_fingerprint, model_folder
-from stitch_ray.engines.hf import (
+from stitch_ray.engines.hf import load_model
+from stitch_ray.engines.hf_adapters import (
     adapter_base,
     adapter_config,
     attach_adapters,
     check_base,
-    load_model,
     tokenizer_path,
 )
 from stitch_ray.engines.pretrained import load_tokenizer

@@ -252,7 +252,7 @@ def scorer(folder: Path, run: str) -> str:
     held = held.take(np.isin(held.column("split").astype(str), ("stack", "isotonic")))
     folder.mkdir()
     made = fit_scorer(
-        folder, held, None, signals=["perplexity"], loss="bce", max_length=None, answers_from=held.answers_from, seed=0
+        folder, held, None, signals=["perplexity"], loss="bce", max_length=None, seed=0
     )
     made.save(folder)
     write_trained_on(folder, held.column("group_id"))

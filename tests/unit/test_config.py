@@ -335,6 +335,12 @@ def test_the_json_schema_is_valid_refuses_unknown_keys_and_takes_the_smallest_co
         "sample-answers": {"data": {"paths": ["questions.json"]}, "model": {"path": "models/tiny"}},
         "train-scorer": {"answers": ["answers.jsonl"], "signals": ["perplexity"]},
         "calibrate": {"answers": ["answers.jsonl"]},
+        "predict": {"data": {"paths": ["questions.json"]}, "ensemble": {"primary": {"model": {"path": "models/tiny"}}}},
+        "serve": {
+            "ensemble": {"primary": {"model": {"path": "models/tiny"}}},
+            "scorer": "runs/scorer",
+            "policy": "runs/policy",
+        },
     }[job]
     assert checker(schema).is_valid(smallest)
     assert not checker(schema).is_valid({**smallest, "ratings": {}})

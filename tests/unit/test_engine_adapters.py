@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 
@@ -141,6 +142,52 @@ def test_info_names_the_adapters_and_depends_on_their_weights(engine, tiny_model
     for some in ({"blue": adapters["red"]}, {"red": adapters["red"]}):
         fingerprints.add(HfEngine(str(tiny_model), adapters=some, device="cpu").info.fingerprint)
     assert len(fingerprints) == 4
+
+
+# Adapters that come and go
+
+
+def test_adapters_come_and_go_and_leave_the_base_as_it_was(tiny_model, adapters, merged):
+    engine = plain(tiny_model)
+    before, info, rating = engine.generate(ask(None)), engine.info, engine.rate(BATCH)
+    for _ in range(2):
+        engine.load_adapter("blue", adapters["blue"])
+        assert engine.info.adapters == ("blue",)
+        assert engine.generate(ask("blue", None)) == [*plain(merged["blue"]).generate(ask(None)), *before]
+        engine.load_adapter("red", adapters["red"])
+        assert engine.info == dataclasses.replace(info, adapters=("blue", "red"))
+        engine.unload_adapter("blue")
+        gone, red, base = engine.generate(ask("blue", "red", None))
+        assert str(gone) == "r0: no adapter 'blue'; known: red"
+        assert [red, base] == [*plain(merged["red"]).generate(ask(None)), *before]
+        np.testing.assert_array_equal(engine.rate(BATCH), rating)
+        engine.unload_adapter("red")
+        assert engine.info == info
+        assert engine.generate(ask(None)) == before
+        assert not [name for name, _ in engine._model.named_modules() if "lora" in name]
+
+
+def test_an_adapter_that_does_not_fit_leaves_a_running_engine_as_it_was(tiny_model, adapters, damaged):
+    engine = plain(tiny_model)
+    before = engine.generate(ask(None))
+    embeddings = AutoModelForCausalLM.from_pretrained(tiny_model).get_input_embeddings().weight.detach() + 1
+    broken = damaged(lambda weights: weights.update({"base_model.model.model.embed_tokens.weight": embeddings.clone()}))
+    for names in ((), ("blue",)):
+        with pytest.raises(UserError, match="does not fit"):
+            engine.load_adapter("mine", broken["mine"])
+        assert engine.info.adapters == names
+        assert engine.generate(ask(None)) == before
+        if not names:
+            engine.load_adapter("blue", adapters["blue"])
+
+
+def test_loading_twice_and_unloading_what_is_not_there_are_refused(engine, adapters):
+    with pytest.raises(UserError, match="'blue' is loaded already"):
+        engine.load_adapter("blue", adapters["blue"])
+    with pytest.raises(UserError, match="no 'green' to unload; loaded: blue, red"):
+        engine.unload_adapter("green")
+    with pytest.raises(UserError, match="is an adapter itself"):
+        plain(adapters["blue"]).load_adapter("red", adapters["red"])
 
 
 # An adapter as the model

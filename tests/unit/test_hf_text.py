@@ -7,6 +7,7 @@ import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    GenerationMixin,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -15,7 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from stitch_ray.engines import hf_statistics, hf_text
+from stitch_ray.engines import hf_decoding, hf_statistics, hf_text
 from stitch_ray.engines.base import EngineError, Request, Sampling
 from stitch_ray.records import Turn
 
@@ -132,7 +133,29 @@ def test_greedy_equals_model_generate_one_by_one(model, tokenizer):
         assert answer.entropies is None
 
 
-def test_defaults_of_the_model_do_not_change_the_answer(model, tokenizer):
+def test_a_model_with_inputs_of_its_own_answers_the_same_through_its_generate(model, tokenizer, monkeypatch):
+    requests = ask(PROMPTS, token_stats=True) + ask(PROMPTS, temperature=1.3, top_p=0.9, num_samples=2, seed=5)
+    assert hf_decoding._has_common_inputs(model)
+    plain = hf_text.generate(model, tokenizer, requests, **LIMITS)
+
+    calls = []
+
+    def prepare(self, input_ids, **kwargs):
+        calls.append(1)
+        return GenerationMixin.prepare_inputs_for_generation(self, input_ids, **kwargs)
+
+    monkeypatch.setattr(type(model), "prepare_inputs_for_generation", prepare)
+    found = hf_text.generate(model, tokenizer, requests, **LIMITS)
+    assert calls
+    for some, others in zip(found, plain, strict=True):
+        assert [(a.text, a.token_ids, a.finish_reason) for a in some] == [
+            (a.text, a.token_ids, a.finish_reason) for a in others
+        ]
+
+
+@pytest.mark.parametrize("through_generate", [False, True])
+def test_defaults_of_the_model_do_not_change_the_answer(model, tokenizer, through_generate, monkeypatch):
+    monkeypatch.setattr(hf_decoding, "_has_common_inputs", lambda _: not through_generate)
     plain = hf_text.generate(model, tokenizer, ask(PROMPTS), **LIMITS)
     before = model.generation_config
     model.generation_config = type(before)(eos_token_id=0, repetition_penalty=5.0, do_sample=True, top_k=1)
@@ -271,7 +294,8 @@ def test_a_bad_request_is_an_error_in_its_slot_and_leaves_the_others_alone(model
         return Request(**{"request_id": "bad", "prompt": "the", "sampling": Sampling(**sampling)} | changes)
 
     cases = {
-        "guided decoding; use engine: vllm": bad(json_schema="{}"),
+        'Unsupported type "objekt"': bad(json_schema='{"type": "objekt"}'),
+        "Expecting": bad(json_schema="{"),
         "has no adapters": bad(adapter="mine"),
         f"takes 1 to {CONTEXT - 1}": bad(prompt=(5,) * CONTEXT),
         "0 prompt tokens": bad(prompt=""),

@@ -60,7 +60,7 @@ def test_the_file_has_the_documented_fields(run: Path) -> None:
     assert values["isotonic"] == {"x": list(ISOTONIC.x), "y": list(ISOTONIC.y)}
     assert values["answers_from"] == "model-1"
     assert values["fingerprint"] == made_scorer(run).fingerprint
-    assert (values["format"], values["max_length"], values["loss"]) == (1, 40, "bce")
+    assert (values["format"], values["max_length"], values["loss"]) == (2, 40, "bce")
 
 
 def test_a_scorer_of_signals_alone_has_no_encoder(tmp_path: Path) -> None:
@@ -82,6 +82,7 @@ def test_a_scorer_of_signals_alone_has_no_encoder(tmp_path: Path) -> None:
         {"isotonic": Isotonic((-4.0, 4.0), (0.05, 0.95))},
         {"stack": LogisticStack((ENCODER, "p_true"), (0.1, 2.0), (0.3, 1.5), (1.2, -0.7), 1 / 3)},
         {"answers_from": "model-2"},
+        {"answering": {"max_tokens": 8}},
         {"max_length": 30},
         {"encoder_fingerprint": "0" * 16},
     ],
@@ -110,7 +111,7 @@ def _other_encoder(folder: Path) -> None:
         (lambda folder: (folder / SCORER).unlink(), "name a finished run of train-scorer"),
         (lambda folder: (folder / SCORER).write_text("{"), "cannot be read"),
         (lambda folder: (folder / SCORER).write_text("[]"), "damaged"),
-        (_edit(format=2), "this version reads 1"),
+        (_edit(format=1), "this version reads 2"),
         (_edit(loss="hinge"), "damaged"),
         (_edit(encoder=None), "damaged"),
         (_edit(signals=[]), "damaged"),

@@ -155,10 +155,10 @@ def made_answers(rows: int = 900, **signals: np.ndarray) -> Answers:
         for row in range(rows)
     ]
     split = AnswerSplitConfig()
-    return Answers(pa.Table.from_pylist(table, ANSWER_SCHEMA), signals, split, "model-1", rows, ())
+    return Answers(pa.Table.from_pylist(table, ANSWER_SCHEMA), signals, split, "model-1", rows, (), {"max_tokens": 4})
 
 
-FIT: dict[str, Any] = {"loss": "bce", "max_length": None, "answers_from": "model-1"}
+FIT: dict[str, Any] = {"loss": "bce", "max_length": None}
 
 
 def test_each_step_is_fitted_on_its_own_split(tmp_path: Any) -> None:
@@ -168,7 +168,8 @@ def test_each_step_is_fitted_on_its_own_split(tmp_path: Any) -> None:
     stack = fit_stack(features[::3, 1:], ("perplexity",), correct[::3])
     assert found.stack == stack.stack
     assert found.isotonic == fit_isotonic(stack.stack.apply(features[1::3, 1:]), correct[1::3])
-    assert (found.num_stack, found.num_isotonic, found.loss, found.answers_from) == (300, 300, None, "model-1")
+    assert (found.num_stack, found.num_isotonic, found.loss) == (300, 300, None)
+    assert (found.answers_from, found.answering) == ("model-1", {"max_tokens": 4})
     scores = found.combine(None, answers.signals, 900)
     assert np.isnan(scores.encoder).all()
     assert scores.confidence.mean() == pytest.approx(correct.mean(), abs=0.05)

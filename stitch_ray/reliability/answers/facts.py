@@ -50,6 +50,7 @@ def manifest_facts(ready: Ready, outcome: Outcome) -> dict[str, Any]:
         "trained_on": trained_on(ready, outcome),
         "split": ready.config.split.model_dump(mode="json"),
         "answers_from": ready.answers_from,
+        "answering": ready.answering,
         "seed": ready.config.seed,
     }
 
@@ -64,7 +65,7 @@ def trained_on(ready: Ready, outcome: Outcome) -> dict[str, int]:
 
 def _model_folders(ready: Ready) -> list[Path]:
     """Of the model that answers, and of its base if it is an adapter; none of a server."""
-    from stitch_ray.engines.hf import adapter_base, is_adapter
+    from stitch_ray.engines.hf_adapters import adapter_base, is_adapter
 
     model = ready.config.model
     if model is None:

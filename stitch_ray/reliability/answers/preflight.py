@@ -17,6 +17,7 @@ from stitch_ray.engines.pretrained import context_length, load_model_config, loa
 from stitch_ray.errors import UserError
 from stitch_ray.prompts.chat import ChatTemplate
 from stitch_ray.records import content_hash
+from stitch_ray.reliability.answering import answering
 from stitch_ray.reliability.answers.questions import Prompter
 from stitch_ray.reliability.signals.compute import unsupported
 
@@ -26,7 +27,8 @@ class Ready:
     """A configuration that was checked against the files and servers it names. `work` is what the answers depend on.
 
     `prompter` is None where a server answers. `answers_from` is the fingerprint that a scorer of these answers is tied
-    to. `labels_key` and `signals_key` change with what labels and signals depend on beside the answers.
+    to, and `answering` the settings. `labels_key` and `signals_key` change with what labels and signals depend on beside
+    the answers.
     """
 
     config: SampleAnswersConfig
@@ -35,6 +37,7 @@ class Ready:
     answers_from: str
     labels_key: str
     signals_key: str
+    answering: dict[str, Any]
     work: dict[str, Any]
 
     @property
@@ -67,7 +70,16 @@ def check(config: SampleAnswersConfig) -> Ready:
         answers_from = _check_endpoint("endpoint", config.endpoint)
         prompter, work = None, {"endpoint": {"url": config.endpoint.url, "model": config.endpoint.model}}
     work = {**_work(config, sources), **work, "answers_from": answers_from}
-    return Ready(config, tuple(sources), prompter, answers_from, content_hash(labels), content_hash(signals), work)
+    return Ready(
+        config,
+        tuple(sources),
+        prompter,
+        answers_from,
+        content_hash(labels),
+        content_hash(signals),
+        _answering(config, signals.get("encoder")),
+        work,
+    )
 
 
 def model_answers_from(fingerprint: str, template: str, engine: str, dtype: str) -> str:
@@ -81,7 +93,7 @@ def model_answers_from(fingerprint: str, template: str, engine: str, dtype: str)
 
 def model_identity(model: ModelConfig) -> tuple[str, str, int]:
     """Fingerprint, where the tokenizer is, and longest sequence of a model or adapter. Raises UserError."""
-    from stitch_ray.engines.hf import adapter_base, is_adapter, tokenizer_path
+    from stitch_ray.engines.hf_adapters import adapter_base, is_adapter, tokenizer_path
 
     try:
         folder = model_folder(model.path)
@@ -190,6 +202,20 @@ def _check_signals(config: SampleAnswersConfig) -> dict[str, Any]:
         if name in signals.names:
             found[name] = _prompt_hash(f"{name}.txt")
     return found
+
+
+def _answering(config: SampleAnswersConfig, encoder: str | None) -> dict[str, Any]:
+    samples, signals = config.samples, config.signals
+    return answering(
+        max_tokens=samples.max_tokens,
+        stop=samples.stop,
+        samples=samples.num,
+        temperature=samples.temperature,
+        top_p=samples.top_p,
+        similarity=signals.similarity,
+        encoder=encoder,
+        min_cosine=signals.min_cosine,
+    )
 
 
 def _encoder(key: str, path: str) -> str:

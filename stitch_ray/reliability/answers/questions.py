@@ -133,7 +133,7 @@ def question_of(example: Example, example_id: str) -> Question:
         turns=turns,
         question=question,
         context=context,
-        references=example.references or (answer,),
+        references=example.references or ((answer,) if answer else ()),
         tokens=None,
         source=example.source,
         line=example.line,

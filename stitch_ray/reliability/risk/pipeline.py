@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from stitch_ray import ray_session
 from stitch_ray.data.quarantine import Quarantined
 from stitch_ray.reliability.policy import POLICY, Policy, Target
+from stitch_ray.reliability.risk import calibration_table
 from stitch_ray.reliability.risk import facts as telling
 from stitch_ray.reliability.risk.preflight import Ready, Update
 from stitch_ray.reliability.risk.promises import calibrate, promise_facts, target_facts
@@ -47,6 +48,7 @@ def run(ready: Ready, folder: RunFolder, progress: Progress = lambda step: None)
     if len(given.test):
         evaluation = telling.measure(policy, given, ready.config)
         facts["evaluation"], text = evaluation.as_dict(), evaluation.table()  # type: ignore[typeddict-item]
+    calibration_table.write(folder.path / calibration_table.CALIBRATION, given)
     _write(ready, folder, policy, facts, given.quarantined)
     return Summary(folder.path, folder.manifest, _line(policy, facts, folder.path), text)
 

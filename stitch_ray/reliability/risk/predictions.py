@@ -102,11 +102,15 @@ def _row(record: Mapping[str, Any], loss: str, raw: str) -> _Row:
         values.append(confidence_of(record, f"{stage}_confidence"))
         values.append(loss_of(record.get(f"{stage}_correct"), record.get(f"{stage}_label"), loss, f"{stage}_"))
     task = None if record.get("task") is None else str(record["task"])
-    return _Row(question_group(question, context) if question else None, content_hash(raw), task, *values)
+    # Of a conversation the group is that of its first question, which only the run that predicted knows.
+    group = record.get("group_id") or (question_group(question, context) if question else None)
+    if group is not None and not isinstance(group, str):
+        raise BadRow("field 'group_id' is no text")
+    return _Row(group, content_hash(raw), task, *values)
 
 
 def _material(rows: Sequence[_Row], bad: Sequence[Quarantined], config: CalibrateConfig) -> Material:
-    split = config.split or AnswerSplitConfig()  # type: ignore[call-arg]
+    split = _split(config)
     notes = []
     dropped: Counter[str] = Counter()
     parts: dict[str, list[_Row]] = {name: [] for name in SPLITS}
@@ -139,6 +143,23 @@ def _material(rows: Sequence[_Row], bad: Sequence[Quarantined], config: Calibrat
         quarantined=tuple(bad),
         notes=tuple(notes),
     )
+
+
+def _split(config: CalibrateConfig) -> AnswerSplitConfig:
+    """That of the runs that predicted, else of the configuration. Raises UserError if they do not agree."""
+    own = {
+        path: AnswerSplitConfig(**values)
+        for path in config.predictions
+        if (values := (read_manifest(Path(path)) or {}).get("split")) is not None
+    }
+    first = next(iter(own.values()), None)
+    if any(other != first for other in own.values()):
+        raise UserError(
+            f"predictions: {', '.join(own)} were split in different ways; predict with the same split section"
+        )
+    if first is not None and config.split is not None and config.split != first:
+        raise UserError("split has no effect on run folders of predict, which bring their own; remove it")
+    return first or config.split or AnswerSplitConfig()  # type: ignore[call-arg]
 
 
 def _questions(rows: Sequence[_Row]) -> Questions:

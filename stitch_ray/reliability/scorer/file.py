@@ -24,7 +24,7 @@ __all__ = ["MODEL", "SCORER", "ScorerFile", "Scores", "read_trained_on", "write_
 SCORER, MODEL = "scorer.json", "model"
 """Names in a run folder of `train-scorer`."""
 
-_FORMAT = 1
+_FORMAT = 2
 
 Floats = NDArray[np.float64]
 
@@ -49,7 +49,8 @@ class Scores:
 class ScorerFile:
     """What `scorer.json` says. The three of the encoder are None for a scorer of signals alone.
 
-    `answers_from`: fingerprint of the model and prompt whose answers it was trained on; None: files did not say.
+    `answers_from`: fingerprint of the model and prompt whose answers it was trained on, `answering`: how they were drawn
+    and compared (see `reliability.answering`); None: files did not say.
     `num_stack`, `num_isotonic`: answers behind the two steps.
     """
 
@@ -59,6 +60,7 @@ class ScorerFile:
     stack: LogisticStack
     isotonic: Isotonic
     answers_from: str | None
+    answering: Mapping[str, Any] | None = None
     num_stack: int = 0
     num_isotonic: int = 0
     notes: tuple[str, ...] = ()
@@ -149,6 +151,7 @@ class ScorerFile:
             "logistic": {"coef": list(stack.coef), "intercept": stack.intercept},
             "isotonic": self.isotonic.to_dict(),
             "answers_from": self.answers_from,
+            "answering": None if self.answering is None else dict(self.answering),
         }
 
     @classmethod
@@ -173,6 +176,7 @@ class ScorerFile:
             ),
             isotonic=Isotonic.from_dict(values["isotonic"]),
             answers_from=values["answers_from"],
+            answering=values["answering"],
             num_stack=int(values["fitted"]["stack"]),
             num_isotonic=int(values["fitted"]["isotonic"]),
             notes=tuple(values["fitted"]["notes"]),

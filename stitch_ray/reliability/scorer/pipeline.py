@@ -66,7 +66,7 @@ def run(ready: Ready, folder: RunFolder, progress: Progress = lambda step: None)
     if config.encoder:
         folder.disposable = False
         outcome = train_encoder(config, usable.rows, path, progress=progress)
-    scorer = _fit(ready, path, usable, answers.answers_from, progress)
+    scorer = _fit(ready, path, usable, progress)
     folder.disposable = False
     write_trained_on(path, [*_learned_from(usable), *read_trained_on(path / MODEL)])
 
@@ -147,7 +147,7 @@ def _usable(answers: Answers, ready: Ready) -> _Usable:
     )
 
 
-def _fit(ready: Ready, path: Path, usable: _Usable, answers_from: str | None, progress: Progress) -> ScorerFile:
+def _fit(ready: Ready, path: Path, usable: _Usable, progress: Progress) -> ScorerFile:
     """Stack and isotonic step, each on its own split, into `scorer.json`."""
     config = ready.config
     both = usable.held.take(_of_splits(usable.held, "stack", "isotonic"))
@@ -162,7 +162,6 @@ def _fit(ready: Ready, path: Path, usable: _Usable, answers_from: str | None, pr
         signals=config.signals,
         loss=config.training.loss,
         max_length=config.encoder.max_length if config.encoder else None,
-        answers_from=answers_from,
         seed=config.seed,
     )
     scorer.save(path)

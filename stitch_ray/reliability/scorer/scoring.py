@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from stitch_ray.errors import UserError
 from stitch_ray.records import content_hash
+from stitch_ray.reliability.answering import differences
 from stitch_ray.reliability.scorer.file import MODEL, ScorerFile
 from stitch_ray.reliability.scorer.inputs import ScoreInput
 from stitch_ray.reliability.tables import Answers
@@ -110,13 +111,18 @@ def score_answers(
 
 
 def check_answers_from(scorer: ScorerFile, answers: Answers) -> None:
-    """Raises UserError if the scorer was trained for answers of another model or prompt. Files that do not say pass."""
+    """Raises UserError if the scorer was trained for answers of another model or prompt, or that were drawn or compared
+    in another way. Files that do not say pass."""
     known, given = scorer.answers_from, answers.answers_from
     if known is not None and given is not None and known != given:
         raise UserError(
             f"scorer: it was trained for answers of model version {known}, these are of {given}; what it says of them "
             "means nothing. Train a scorer on answers of this version"
         )
+    changed = differences(scorer.answering, answers.answering, scorer.needed)
+    if changed:
+        told = ", ".join(f"{name} {now} in place of {was}" for name, (was, now) in changed.items())
+        raise UserError(f"scorer: it was trained for answers made otherwise: these have {told}. Make them alike")
 
 
 def encoder_logits(

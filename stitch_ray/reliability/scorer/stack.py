@@ -108,7 +108,6 @@ def fit_scorer(
     signals: Sequence[str],
     loss: Loss,
     max_length: int | None,
-    answers_from: str | None,
     seed: int = 0,
 ) -> ScorerFile:
     """Everything behind the encoder, from labelled `answers` of the splits stack and isotonic.
@@ -133,7 +132,8 @@ def fit_scorer(
         max_length=None if logits is None else max_length,
         stack=fitted.stack,
         isotonic=probability,
-        answers_from=answers_from,
+        answers_from=answers.answers_from,
+        answering=answers.answering,
         num_stack=fitted.answers,
         num_isotonic=int(np.isfinite(log_odds).sum()),
         notes=fitted.notes,

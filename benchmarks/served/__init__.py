@@ -1,0 +1,1 @@
+"""What `benchmarks.serving` is made of."""

@@ -1,0 +1,163 @@
+"""`stitch-ray serve` with real models: tiny ones, a scorer of signals, a dialogue through guided decoding, and the page."""
+
+from __future__ import annotations
+
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from stitch_ray.config.serve import ServeConfig
+from stitch_ray.ensemble.fingerprints import ensemble_fingerprints
+from stitch_ray.reliability.policy import Policy, Target
+from stitch_ray.reliability.probability import Isotonic
+from stitch_ray.reliability.scorer.file import ScorerFile
+from stitch_ray.reliability.scorer.logistic import LogisticStack
+
+pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")]
+
+TOKEN = "a-token-that-is-long-enough"
+
+
+def make_scorer(folder: Path) -> Path:
+    """Of perplexity alone."""
+    folder.mkdir(parents=True)
+    ScorerFile(
+        encoder_fingerprint=None,
+        loss=None,
+        max_length=None,
+        stack=LogisticStack(("perplexity",), (0.0,), (10.0,), (-1.0,), 1.0),
+        isotonic=Isotonic((-50.0, 2.0), (0.05, 0.95)),
+        answers_from=None,
+    ).save(folder)
+    return folder
+
+
+def target(risk: float, threshold: float | None) -> Target:
+    return Target(None, risk, 0.1, threshold, 100, 40, 0.1, 0.4, 0.01, "learn_then_test", None)
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, other_tiny_model: Path) -> Path:
+    """Thresholds at which every draft is given, every one is refined in vain, and nothing is even tried."""
+    folder = tmp_path_factory.mktemp("serve")
+    values: dict[str, Any] = {
+        "ensemble": {
+            "primary": {"model": {"path": str(tiny_model), "name": "primary"}, "max_tokens": 8},
+            "auxiliaries": [
+                {"model": {"path": str(tiny_model), "name": "first"}},
+                {"model": {"path": str(other_tiny_model), "name": "second"}},
+            ],
+            "route": "dialogue",
+            "dialogue": {"max_turns": 2, "max_tokens": 64},
+        },
+        "scorer": str(make_scorer(folder / "scorer")),
+        "policy": str(folder / "policy.json"),
+        "http": {"port": 0, "token_env": "TEST_SERVE_TOKEN"},
+        "feedback": {"folder": str(folder / "feedback")},
+    }
+    config = ServeConfig.model_validate(values)
+    fingerprints = ensemble_fingerprints(config.ensemble, ScorerFile.load(config.scorer).fingerprint)
+    Policy((target(0.5, 0.0), target(0.3, 2.0), target(0.1, None)), fingerprints, {"loss": "error"}).save(
+        folder / "policy.json"
+    )
+    file = folder / "serve.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+@contextmanager
+def serving(config: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The command in a process of its own, and the URL it says it listens on."""
+    environment = {**os.environ, "TEST_SERVE_TOKEN": TOKEN, "RAY_AUTH_MODE": "disabled"}
+    environment.pop("RAY_ADDRESS", None)
+    command = [sys.executable, "-m", "jobs.serve", str(config), *options]
+    root = Path(__file__).parents[2]
+    process = subprocess.Popen(command, env=environment, cwd=root, stdout=subprocess.PIPE, text=True)
+    lines: queue.Queue[str] = queue.Queue()
+    assert process.stdout is not None
+    reader = threading.Thread(target=lambda: [lines.put(line) for line in process.stdout or ()], daemon=True)
+    reader.start()
+    try:
+        url = None
+        ends = time.monotonic() + 500
+        while url is None:
+            assert process.poll() is None, f"serve ended with {process.returncode}"
+            assert time.monotonic() < ends, "serve did not start in time"
+            try:
+                found = re.match(r"serving\s+(\S+)", lines.get(timeout=1))
+            except queue.Empty:
+                continue
+            url = found.group(1) if found else None
+        yield process, url
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            process.wait(timeout=60)
+
+
+def test_tiny_models_answer_refine_and_abstain_and_the_page_is_there(config_file: Path) -> None:
+    with serving(config_file) as (process, url):
+        headers = {"authorization": f"Bearer {TOKEN}"}
+        with httpx.Client(base_url=url, headers=headers, timeout=60, trust_env=False) as client:
+            health = client.get("/healthz").json()
+            assert (health["status"], set(health["members"])) == ("ok", {"primary", "first", "second", "scorer"})
+
+            def ask(risk: float) -> dict[str, Any]:
+                response = client.post("/v1/predict", json={"question": "Name a river.", "target_risk": risk})
+                assert response.status_code == 200, response.text
+                found: dict[str, Any] = response.json()
+                return found
+
+            confident, refined, never = ask(0.5), ask(0.3), ask(0.1)
+            assert (confident["decision"], confident["reason"], confident["calls"]) == ("answer", "confident", 1)
+            assert 0 < confident["confidence"] < 1
+            assert (refined["decision"], refined["reason"], refined["route"]) == ("abstain", "unsure", "dialogue")
+            assert [entry["stage"] for entry in refined["trace"]].count("turn") == 2
+            assert (never["decision"], never["calls"]) == ("abstain", 1)
+            assert ask(0.5)["confidence"] == pytest.approx(confident["confidence"], abs=1e-6)
+            told = client.post("/v1/feedback", json={"id": confident["id"], "correct": True})
+            assert told.json().get("recorded") is True, told.text
+            scored = client.post("/v1/score", json={"question": "Name a river.", "answer": confident["answer"]}).json()
+            assert scored["confidence"] == pytest.approx(confident["confidence"], abs=0.05)
+
+            assert client.get("/").headers["location"] == "/ui/"
+            assert httpx.get(f"{url}/ui/").status_code == 401
+            page = httpx.get(f"{url}/ui/", auth=("anybody", TOKEN), timeout=60)
+            assert page.status_code == 200
+            assert "gradio" in page.text
+            assets = re.findall(r'(?:src|href)="(\.?/?[^"]+\.(?:js|css))"', page.text)
+            assert assets
+            for asset in assets[:3]:
+                found = httpx.get(httpx.URL(f"{url}/ui/").join(asset), auth=("anybody", TOKEN))
+                assert found.status_code == 200, asset
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0
+
+
+def test_what_is_wrong_is_said_before_anything_starts(config_file: Path) -> None:
+    environment = {**os.environ, "TEST_SERVE_TOKEN": TOKEN}
+
+    def refused(*options: str) -> str:
+        command = [sys.executable, "-m", "jobs.serve", str(config_file), *options]
+        done = subprocess.run(
+            command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 2, done.stderr
+        return done.stderr
+
+    assert "calibrated for something else" in refused("--set", "ensemble.dialogue.max_turns=3")
+    assert "--detach" in refused("--detach")
+    assert "no threshold was calibrated" in refused("--set", "target_risk=0.2")
