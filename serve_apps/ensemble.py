@@ -35,6 +35,9 @@ _CHANGES_LIVE: Any = {"policy": True, "target_risk": True, "ensemble": {"limits"
 
 _LONGEST_DRAIN_S = 60.0
 
+_WHEN_FULL = {"status_code": 503, "retry_after_s": 1}
+"""What the proxy tells a client for whom there is no place in the queue before the gateways."""
+
 QUIET = {"enable_access_log": False}
 """Logging of the replicas: a line for every call of every member would cost more than it tells beside the metrics."""
 
@@ -168,6 +171,7 @@ def _deployment(
         name=name,
         max_ongoing_requests=scale.max_ongoing_requests,
         max_queued_requests=scale.max_queued_requests,
+        backpressure_config=_WHEN_FULL,
         max_surge_percent=100 if single and surge else 0,
         ray_actor_options=dict(resources),
         graceful_shutdown_wait_loop_s=0.5,

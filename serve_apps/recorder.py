@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,8 @@ class Recorder:
                 self._written += 1
         for row in _rows(folder / FEEDBACK):
             self._book.restore(row)
+        for name in (ANSWERS, FEEDBACK, ABSTAINED):
+            _end_line(folder / name)
 
 
 def _reference(policy_path: str) -> DriftWatch | None:
@@ -168,6 +171,15 @@ def _append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     with path.open("a", encoding="utf-8") as stream:
         stream.write(text)
+
+
+def _end_line(path: Path) -> None:
+    """A replica that was killed may have left half a line; what is added to it could not be read either."""
+    if path.exists() and path.stat().st_size:
+        with path.open("rb+") as stream:
+            stream.seek(-1, os.SEEK_END)
+            if stream.read(1) != b"\n":
+                stream.write(b"\n")
 
 
 def _rows(path: Path) -> Iterable[dict[str, Any]]:

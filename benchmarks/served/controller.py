@@ -16,8 +16,6 @@ from typing import Any
 import aiohttp
 from fastapi import FastAPI, Request
 
-from serve_apps.deploying import free_port
-
 ROLES = ("controller", "worker", "front")
 _HOST = "127.0.0.1"
 
@@ -25,6 +23,8 @@ _HOST = "127.0.0.1"
 @contextmanager
 def running() -> Iterator[str]:
     """The URL that answers POST, for as long as the block lasts."""
+    from serve_apps.deploying import free_port  # brings more along than the three processes need
+
     ports = [str(free_port(_HOST)) for _ in ROLES]
     with ExitStack() as stack:
         for role in ROLES:

@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import RedirectResponse, Response, StreamingResponse
+from starlette.responses import PlainTextResponse, RedirectResponse, Response, StreamingResponse
 
 from serve_apps.web import streaming
 from serve_apps.web.bodies import FeedbackBody, PredictBody, ScoreBody
@@ -52,7 +52,7 @@ def build_app(service: Service, frame: Frame) -> FastAPI:
 def _answers(service: Service) -> APIRouter:
     routes = APIRouter()
 
-    @routes.post("/v1/predict", responses=_ERRORS)
+    @routes.post("/v1/predict", responses=_ERRORS | _STREAMED)
     async def predict(body: PredictBody, request: Request) -> Response:
         """Answer a question, or abstain. `stream`: server-sent events stage, turn, final and error."""
         request_id = request.state.request_id
@@ -84,7 +84,7 @@ def _openai(service: Service, frame: Frame) -> APIRouter:
     routes = APIRouter(prefix="/v1")
     created = int(time.time())
 
-    @routes.post("/chat/completions", responses=_ERRORS | {404: _ERROR})
+    @routes.post("/chat/completions", responses=_ERRORS | _STREAMED | {404: _ERROR})
     async def chat(body: ChatBody, request: Request) -> Response:
         """As the OpenAI API; the last message is the question. An abstention is a refusal; see `selective`."""
         body.check(frame.name, frame.longest_answer)
@@ -135,7 +135,7 @@ def _operations(frame: Frame) -> APIRouter:
         ready, health = await frame.health()
         return json_response(health, 200 if ready else 503)
 
-    @routes.get("/metrics", responses={503: _ERROR})
+    @routes.get("/metrics", responses={503: _ERROR}, response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Prometheus text, of all replicas."""
         return Response(await frame.metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -163,6 +163,8 @@ async def _unreadable(request: Request, error: Exception) -> Response:
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    if error.status_code == 400:  # FastAPI's own, for what is no UTF-8 or nested too deep
+        return invalid("the body cannot be read as JSON").response(request.url.path)
     kind = "not_found" if error.status_code == 404 else "invalid_request"
     headers = list((error.headers or {}).items())
     return ApiError(error.status_code, kind, str(error.detail), headers=headers).response(request.url.path)
@@ -199,4 +201,5 @@ _ERROR: dict[str, Any] = {
         }
     },
 }
+_STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 _ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys((401, 413, 422, 429, 503, 504), _ERROR)

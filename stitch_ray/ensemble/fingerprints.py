@@ -22,11 +22,14 @@ from stitch_ray.reliability.policy import NO_ROUTE, Fingerprints
 from stitch_ray.reliability.scorer.file import ScorerFile
 
 _KEYS = {
-    "max_tokens": "primary.max_tokens",
-    "stop": "primary.stop",
-    **{name: f"signals.{name}" for name in ("samples", "temperature", "top_p", "similarity", "encoder", "min_cosine")},
+    "max_tokens": "ensemble.primary.max_tokens",
+    "stop": "ensemble.primary.stop",
+    **{
+        name: f"ensemble.signals.{name}"
+        for name in ("samples", "temperature", "top_p", "similarity", "encoder", "min_cosine")
+    },
 }
-"""Setting of an answer -> its key in the configuration of an ensemble."""
+"""Setting of an answer -> its key in the configurations of predict and serve."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +104,9 @@ def check_scorer(config: EnsembleConfig, scorer: ScorerFile) -> None:
     changed = differences(scorer.answering, answering_of(config), scorer.needed)
     if changed:
         told = "; ".join(f"{_KEYS[name]} is {now}, was {was}" for name, (was, now) in changed.items())
-        raise UserError(f"scorer: it was trained on answers that sample-answers made otherwise: {told}. Make them alike")
+        raise UserError(
+            f"scorer: it was trained on answers that sample-answers made otherwise: {told}. Make them alike"
+        )
 
 
 def answering_of(config: EnsembleConfig) -> dict[str, Any]:

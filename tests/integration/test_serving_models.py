@@ -17,8 +17,10 @@ from typing import Any
 
 import httpx
 import pytest
+import typer
 import yaml
 
+from jobs.serve import serve
 from stitch_ray.config.serve import ServeConfig
 from stitch_ray.ensemble.fingerprints import ensemble_fingerprints
 from stitch_ray.reliability.policy import Policy, Target
@@ -147,17 +149,20 @@ def test_tiny_models_answer_refine_and_abstain_and_the_page_is_there(config_file
         assert process.wait(timeout=60) == 0
 
 
-def test_what_is_wrong_is_said_before_anything_starts(config_file: Path) -> None:
-    environment = {**os.environ, "TEST_SERVE_TOKEN": TOKEN}
+def test_what_is_wrong_is_said_before_anything_starts(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TEST_SERVE_TOKEN", TOKEN)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
-    def refused(*options: str) -> str:
-        command = [sys.executable, "-m", "jobs.serve", str(config_file), *options]
-        done = subprocess.run(
-            command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 2, done.stderr
-        return done.stderr
+    def refused(*overrides: str, **options: bool) -> str:
+        with pytest.raises(typer.Exit) as ended:
+            serve(config_file, list(overrides), **options)
+        assert ended.value.exit_code == 2
+        return capsys.readouterr().err
 
-    assert "calibrated for something else" in refused("--set", "ensemble.dialogue.max_turns=3")
-    assert "--detach" in refused("--detach")
-    assert "no threshold was calibrated" in refused("--set", "target_risk=0.2")
+    assert "calibrated for something else" in refused("ensemble.dialogue.max_turns=3")
+    assert "no threshold was calibrated" in refused("target_risk=0.2")
+    assert "--detach" in refused(detach=True)
+    serve(config_file, dry_run=True)
+    assert "refine in a dialogue of at most 2 turns" in capsys.readouterr().out

@@ -1,7 +1,7 @@
 """Members whose latency, confidence and failures are written in the question, behind the real gateway.
 
 A question is words and directives: `draft=0.9` and `final=0.4` are the confidences of the two answers, `sleep=0.5` the
-seconds that the primary takes, `primary=` `auxiliary=` `scorer=` one of error, slow, garbage, none.
+seconds that the primary takes, `primary=` `auxiliary=` `scorer=` one of error, slow, garbage, none, nan.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import asyncio
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,10 +35,18 @@ def directive(text: str, name: str, default: str = "") -> str:
     return str(found[-1]) if found else default
 
 
+def cannot_start(log: str | Path) -> Path:
+    """File beside `log` with the versions that do not start."""
+    return Path(log).with_suffix(".cannot_start")
+
+
 class Scripted:
-    """One replica. `log`: a file to which every call and every cancellation is added, a line each."""
+    """One replica. `log`: a file to which every call and every cancellation is added, a line each; where `cannot_start`
+    lists the version, no replica of it starts."""
 
     def __init__(self, version: str, latency_s: float = 0.0, log: str | None = None) -> None:
+        if log and cannot_start(log).exists() and version in cannot_start(log).read_text().split():
+            raise RuntimeError("scripted failure to start")
         self._version = version
         self._latency_s = latency_s
         self._log = log
@@ -115,6 +123,8 @@ class ScriptedScorer(Scripted):
         await _act("slow" if kind == "slow" else "", "scorer")
         number = re.findall(r"(?:draft|refined) ([\d.]+)", request["answer"])
         confidence = float(number[-1]) if number and kind != "none" else None
+        if kind == "nan":
+            confidence = float("nan")
         return {"confidence": confidence, "stack": None, "encoder": None, "reason": None}
 
 
@@ -162,16 +172,34 @@ def scripted_policy(
 
 
 def scripted_application(
-    config: ServeConfig, *, version: str = "1", latency_s: float = 0.0, log: str | None = None
+    config: ServeConfig,
+    *,
+    version: str = "1",
+    latency_s: float = 0.0,
+    log: str | None = None,
+    replicas: int | Mapping[str, int] = 1,
+    builds: Mapping[str, str] | None = None,
 ) -> Application:
-    """The real gateway and recorder around scripted members."""
+    """The real gateway and recorder around scripted members.
+
+    replicas: of each member, or by deployment, else one. builds: deployment -> anything; another one replaces its replicas
+    by new ones of the same model.
+    """
     from serve_apps import ensemble
 
     def member(deployment: Any, name: str, fingerprint: str) -> Application:
+        number = replicas if isinstance(replicas, int) else replicas.get(name, 1)
         options = deployment.options(
-            name=name, max_ongoing_requests=64, max_queued_requests=256, ray_actor_options={"num_cpus": 0}
+            name=name,
+            num_replicas=number,
+            max_surge_percent=100 if number == 1 else 0,  # as in ensemble.build
+            max_ongoing_requests=64,
+            max_queued_requests=256,
+            graceful_shutdown_wait_loop_s=0.5,
+            ray_actor_options={"num_cpus": 0},
+            logging_config=ensemble.QUIET,
         )
-        options._version = fingerprint
+        options._version = fingerprint + (builds or {}).get(name, "")
         return options.bind(fingerprint, latency_s, log)
 
     return ensemble.assemble(

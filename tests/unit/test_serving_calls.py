@@ -44,10 +44,10 @@ class Handle:
         self.responses: list[Response] = []
         self.asked: list[Any] = []
         self.model_ids: list[str] = []
-        self.call = self
 
-    def options(self, *, multiplexed_model_id: str) -> Handle:
-        self.model_ids.append(multiplexed_model_id)
+    def options(self, *, multiplexed_model_id: str | None = None, **_: str) -> Handle:
+        if multiplexed_model_id is not None:
+            self.model_ids.append(multiplexed_model_id)
         return self
 
     def remote(self, *what: Any) -> Response:

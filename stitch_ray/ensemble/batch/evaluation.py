@@ -65,10 +65,7 @@ class Ranking:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """Of `num` labelled questions of `split` (None: all). `refined`: of those that went through the second stage.
-
-    `mixed`: which splits the questions are of, where that is not the test split alone.
-    """
+    """Of `num` labelled questions of `split` (None: all). `refined`: of those that went through the second stage."""
 
     num: int
     split: str | None

@@ -44,9 +44,13 @@ def check(config: ServeConfig) -> Ready:
     from stitch_ray.ensemble.online_signals import check_signals
 
     scorer = ScorerFile.load(config.scorer)
-    check_signals(config.ensemble, scorer.needed)
-    check_scorer(config.ensemble, scorer)
-    fingerprints = ensemble_fingerprints(config.ensemble, scorer.fingerprint)
+    try:
+        check_signals(config.ensemble, scorer.needed)
+        check_scorer(config.ensemble, scorer)
+        fingerprints = ensemble_fingerprints(config.ensemble, scorer.fingerprint)
+    except UserError as error:
+        inside = not str(error).startswith("scorer:")
+        raise UserError(f"ensemble.{error}" if inside else str(error)) from error
     policy = Policy.load(config.policy)
     unchecked = policy.check_fingerprints(**asdict(fingerprints))
     _check_risk(config, policy)

@@ -1,0 +1,72 @@
+"""The HTTP API against its own OpenAPI: requests that fit it and requests that do not, made by schemathesis."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis import GenerationMode, checks
+
+from tests.serving.local import local_gateway
+
+pytestmark = pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")
+
+EXAMPLES = 20
+OPERATIONS = (
+    ("/v1/predict", "POST"),
+    ("/v1/predict/batch", "POST"),
+    ("/v1/score", "POST"),
+    ("/v1/feedback", "POST"),
+    ("/v1/chat/completions", "POST"),
+    ("/v1/models", "GET"),
+    ("/v1/models/{model}", "GET"),
+    ("/v1/policy", "GET"),
+    ("/v1/policy/curve", "GET"),
+    ("/healthz", "GET"),
+    ("/metrics", "GET"),
+)
+CHECKS = [
+    checks.not_a_server_error,
+    checks.status_code_conformance,
+    checks.content_type_conformance,
+    checks.response_schema_conformance,
+    checks.response_headers_conformance,
+    checks.negative_data_rejection,
+    checks.unsupported_method,
+]
+
+
+@pytest.fixture(scope="module")
+def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    with local_gateway(tmp_path_factory.mktemp("gateway")) as url:
+        yield schemathesis.openapi.from_url(f"{url}/openapi.json")
+
+
+def test_no_operation_is_left_out(api: Any) -> None:
+    found = {(made.ok().path, made.ok().method.upper()) for made in api.get_all_operations()}
+    assert found == set(OPERATIONS)
+
+
+@pytest.mark.parametrize("mode", list(GenerationMode))
+@pytest.mark.parametrize(("path", "method"), OPERATIONS)
+def test_every_request_is_answered_as_the_schema_says(api: Any, path: str, method: str, mode: GenerationMode) -> None:
+    operation = api[path][method]
+    if mode is GenerationMode.NEGATIVE and method == "GET" and path != "/v1/policy/curve":
+        pytest.skip("there is nothing to send wrong")
+
+    @given(case=operation.as_strategy(generation_mode=mode))
+    @settings(
+        max_examples=EXAMPLES,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.explicit, Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    def ask(case: Any) -> None:
+        case.call_and_validate(checks=CHECKS, timeout=10)
+
+    ask()
