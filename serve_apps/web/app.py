@@ -201,5 +201,5 @@ _ERROR: dict[str, Any] = {
         }
     },
 }
-_STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+_STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 _ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys((401, 413, 422, 429, 503, 504), _ERROR)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode, checks
 
+from tests.serving.hostile import check_hostile
 from tests.serving.local import local_gateway
 
 pytestmark = pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")
@@ -70,3 +72,8 @@ def test_every_request_is_answered_as_the_schema_says(api: Any, path: str, metho
         case.call_and_validate(checks=CHECKS, timeout=10)
 
     ask()
+
+
+def test_what_no_client_should_send_is_refused_and_the_next_request_is_answered(tmp_path: Path) -> None:
+    with local_gateway(tmp_path, max_body_bytes=1_000_000) as url:
+        assert check_hostile(url) > 40
