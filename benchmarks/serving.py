@@ -45,7 +45,7 @@ SECTIONS: dict[str, tuple[str, Section]] = {
     ),
     "batch": (
         "predict against a loop over HTTP",
-        lambda quick: batch.compare(32 if quick else 400),
+        lambda quick: batch.compare(32 if quick else 500),
     ),
     "cascade": (
         "Cascade against always-dialogue, simulated members",

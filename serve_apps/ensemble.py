@@ -38,6 +38,10 @@ _LONGEST_DRAIN_S = 60.0
 _WHEN_FULL = {"status_code": 503, "retry_after_s": 1}
 """What the proxy tells a client for whom there is no place in the queue before the gateways."""
 
+ROUTING = {"initial_backoff_s": 0.01, "max_backoff_s": 0.05}
+"""How soon a caller looks again when every replica is full. Serve's half a second leaves freed places empty for longer
+than many an answer takes."""
+
 QUIET = {"enable_access_log": False}
 """Logging of the replicas: a line for every call of every member would cost more than it tells beside the metrics."""
 
@@ -179,6 +183,7 @@ def _deployment(
         health_check_period_s=5,
         health_check_timeout_s=30,
         logging_config=QUIET,
+        request_router_config=ROUTING,
         **({} if user_config is None else {"user_config": dict(user_config)}),
         **replicas,
     )

@@ -126,6 +126,7 @@ def _scripted(
             "max_queued_requests": 256,
             "ray_actor_options": {"num_cpus": 0},
             "logging_config": ensemble.QUIET,
+            "request_router_config": ensemble.ROUTING,
             **mine,
         }
         latency = latency_s if name == "Primary" else 0.0

@@ -16,8 +16,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import xlogy
-from scipy.stats import beta, binom
+from scipy.special import betainc, betaincinv, xlogy  # scipy.stats has the same, and takes a second to import
 
 Floats = NDArray[np.float64]
 Test = Literal["binomial", "hoeffding_bentkus"]
@@ -147,7 +146,7 @@ def sgr(confidence: ArrayLike, errors: ArrayLike, risk: float, delta: float) -> 
         num_accepted=count,
         empirical_risk=total / count if count else None,
         coverage=count / len(scores),
-        p_value=float(binom.cdf(total, count, risk)) if count else None,
+        p_value=float(_binomial_cdf(total, count, risk)) if count else None,
         method="sgr",
         reason=None if best is not None else short if len(ordered) < needed else failed,
     )
@@ -162,11 +161,17 @@ def p_values(num_accepted: ArrayLike, total_loss: ArrayLike, risk: float, test: 
     """
     k, total = np.asarray(num_accepted, np.float64), np.asarray(total_loss, np.float64)
     if test == "binomial":
-        return np.asarray(np.where(k > 0, binom.cdf(np.rint(total), k, risk), 1.0))
+        return np.asarray(np.where(k > 0, _binomial_cdf(np.rint(total), k, risk), 1.0))
     mean = np.minimum(np.divide(total, k, out=np.full_like(total, risk), where=k > 0), risk)
     hoeffding = np.exp(-k * _divergence(mean, risk))
-    bentkus = math.e * binom.cdf(np.ceil(total - 1e-9), k, risk)
+    bentkus = math.e * _binomial_cdf(np.ceil(total - 1e-9), k, risk)
     return np.asarray(np.where(k > 0, np.minimum(1.0, np.minimum(hoeffding, bentkus)), 1.0))
+
+
+def _binomial_cdf(successes: ArrayLike, trials: ArrayLike, share: float) -> Floats:
+    """P(at most `successes` of `trials`), by the incomplete beta function."""
+    k, n = np.asarray(successes, np.float64), np.asarray(trials, np.float64)
+    return np.asarray(np.where(k >= n, 1.0, betainc(np.maximum(n - k, 1), k + 1, 1 - share)))
 
 
 def minimal_accepted(risk: float, delta: float) -> int:
@@ -177,7 +182,7 @@ def minimal_accepted(risk: float, delta: float) -> int:
 
 def upper_bound(errors: float, num_accepted: int, delta: float) -> float:
     """Clopper and Pearson's upper bound of a binomial share, at confidence 1 - delta. 1 for nothing accepted."""
-    return 1.0 if errors >= num_accepted else float(beta.ppf(1 - delta, errors + 1, num_accepted - errors))
+    return 1.0 if errors >= num_accepted else float(betaincinv(errors + 1, num_accepted - errors, 1 - delta))
 
 
 def share_interval(errors: int, num: int, level: float = 0.95) -> tuple[float, float]:
@@ -185,7 +190,7 @@ def share_interval(errors: int, num: int, level: float = 0.95) -> tuple[float, f
     if not num:
         return math.nan, math.nan
     half = (1 - level) / 2
-    low = 0.0 if errors == 0 else float(beta.ppf(half, errors, num - errors + 1))
+    low = 0.0 if errors == 0 else float(betaincinv(errors, num - errors + 1, half))
     return low, upper_bound(errors, num, half)
 
 

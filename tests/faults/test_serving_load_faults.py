@@ -58,7 +58,9 @@ def test_ten_times_as_much_as_can_be_done(
         f"{refused} told to come back, {clients.retry_after} with Retry-After; p99 of the others "
         f"{1000 * admitted.quantile(0.99):.0f} ms; memory of the gateway {(max(sizes) - before) / 2**20:+.0f} MiB"
     )
-    fault_table.add(f"{OVERLOAD} x as many clients as there is room for, refused by the {refused_by}", report, failures=0, note=note)
+    fault_table.add(
+        f"{OVERLOAD} x as many clients as there is room for, refused by the {refused_by}", report, failures=0, note=note
+    )
     assert report.verdicts.keys() <= {RIGHT, "429", "503"}, report.verdicts
     assert refused
     assert clients.retry_after == refused
@@ -108,7 +110,9 @@ def test_clients_that_leave_take_their_work_with_them(
         clients.for_s(4)
     report = clients.report()
     note = f"{LEAVE} left; {begun} had begun, all cancelled after {seconds:.1f} s; then {LEAVE} at a time are let in"
-    fault_table.add(f"{LEAVE} clients leave", report, recovery_s=time.monotonic() - left_at if seconds > 5 else seconds, note=note)
+    fault_table.add(
+        f"{LEAVE} clients leave", report, recovery_s=time.monotonic() - left_at if seconds > 5 else seconds, note=note
+    )
     assert report.verdicts.keys() == {RIGHT}, report.worst
     metrics = ensemble.until(lambda: in_flight(ensemble) == 0, "the gauge is back at 0", within_s=40)
     assert metrics < 40

@@ -54,7 +54,8 @@ def test_a_fault_of_one_question_is_told_and_harms_no_other(
 
 
 @pytest.mark.parametrize(
-    ("deployment", "version", "withheld"), [("Auxiliary1", "first-1", "refined"), ("ReliabilityScorer", "scorer-1", "all")]
+    ("deployment", "version", "withheld"),
+    [("Auxiliary1", "first-1", "refined"), ("ReliabilityScorer", "scorer-1", "all")],
 )
 def test_all_replicas_of_a_member_are_down(
     ensemble: Served,

@@ -47,7 +47,9 @@ def test_a_new_threshold_restarts_nothing_and_every_answer_has_one_policy(
         clients.for_s(3)
     report = clients.report()
     versions = [one.response["policy_version"] for one in report.between(deployed_at).asked if one.response]
-    note = f"two versions, every response of exactly one; {deployed_at - changed_at:.1f} s until in force; no new process"
+    note = (
+        f"two versions, every response of exactly one; {deployed_at - changed_at:.1f} s until in force; no new process"
+    )
     fault_table.add("new threshold through user_config", report, recovery_s=report.recovery_s(changed_at), note=note)
     assert report.verdicts.keys() == {RIGHT}, report.worst
     assert set(versions) == {stricter.version}
@@ -104,13 +106,13 @@ def test_another_model_with_its_policy(
     application = {**APPLICATION, "replicas": replicas}
     assert ensemble.deploy(config, **application) is None
     path, policy = saved(ensemble, "second", 0.6, version="2")
-    with asking(ensemble.url, {**thresholds, policy.version: 0.6}, through_client=True) as clients:
-        with asking(ensemble.url, {**thresholds, policy.version: 0.6}) as raw:
-            clients.for_s(3)
-            changed_at = clients.now
-            assert ensemble.deploy({**config, "policy": path}, **application, version="2") is None
-            seconds = clients.now - changed_at
-            clients.for_s(4)
+    both = {**thresholds, policy.version: 0.6}
+    with asking(ensemble.url, both) as raw, asking(ensemble.url, both, through_client=True) as clients:
+        clients.for_s(3)
+        changed_at = clients.now
+        assert ensemble.deploy({**config, "policy": path}, **application, version="2") is None
+        seconds = clients.now - changed_at
+        clients.for_s(4)
     report, bare = clients.report(), raw.report()
     fault_table.add(
         f"another model and its policy, {replicas} replica{'s' if replicas > 1 else ''}, stitch_ray.client",
@@ -119,7 +121,9 @@ def test_another_model_with_its_policy(
         control=f"bare HTTP: {bare.failures} of {len(bare.asked)} failed",
         note=f"took {seconds:.0f} s",
     )
-    pairs = {(one.response["policy_version"], one.response["model_version"]) for one in bare.asked if one.verdict == RIGHT}  # type: ignore[index]
+    pairs = {
+        (one.response["policy_version"], one.response["model_version"]) for one in bare.asked if one.verdict == RIGHT
+    }  # type: ignore[index]
     assert len(pairs) == 2
     assert not bare.wrong, bare.worst
     assert report.verdicts.keys() == {RIGHT}, report.worst

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import socket
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-_TIMEOUT_S = 30.0
+_TIMEOUT_S = 5.0
 _REFUSED = frozenset({400, 408, 411, 413, 414, 422, 431})
 
 
@@ -66,12 +67,32 @@ def hostile_requests() -> Iterator[tuple[str, bytes, frozenset[int]]]:
     yield "an integer of 100,000 digits", predict(b'{"question": "q", "max_calls": ' + b"9" * 100_000 + b"}"), invalid
     yield "100,000 turns", of(history=[{"role": "user", "content": ""}] * 10_000), invalid | large
     yield "a role that is none", of(history=[{"role": "root", "content": "x"}]), invalid
-    for value in (b"a\rset-cookie: x=1", b"../../etc/passwd", b"\xff\xfe", b"x" * 5000, b"${jndi:ldap://x}", b"a b", b""):
+    for value in (
+        b"a\rset-cookie: x=1",
+        b"../../etc/passwd",
+        b"\xff\xfe",
+        b"x" * 5000,
+        b"${jndi:ldap://x}",
+        b"a b",
+        b"",
+    ):
         yield f"x-request-id: {value[:20]!r}", predict(plain, b"x-request-id: " + value), ok | _REFUSED | {0}
     yield "a folded header", predict(plain, b"x-request-id: a", b" set-cookie: x=1"), ok | _REFUSED | {0}
-    yield "headers without end", predict(plain, *(b"x-%d: %s" % (n, b"y" * 1000) for n in range(200))), ok | _REFUSED | {0}
-    yield "a path out of the tree", b"GET /../../etc/passwd HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n", frozenset({400, 404})
-    yield "a method that is none", b"HACK /v1/predict HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n", frozenset({0, 400, 405, 501})
+    yield (
+        "headers without end",
+        predict(plain, *(b"x-%d: %s" % (n, b"y" * 1000) for n in range(200))),
+        ok | _REFUSED | {0},
+    )
+    yield (
+        "a path out of the tree",
+        b"GET /../../etc/passwd HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n",
+        frozenset({400, 404}),
+    )
+    yield (
+        "a method that is none",
+        b"HACK /v1/predict HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n",
+        frozenset({0, 400, 405, 501}),
+    )
     yield "no HTTP", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 20, _REFUSED | {0}
 
 
@@ -95,24 +116,28 @@ def check_hostile(url: str) -> int:
 
 
 def send(url: str, request: bytes) -> Reply:
-    """What comes back until the connection is closed."""
+    """What comes back until it is complete or the connection is closed; nothing comes if a server waits for more."""
     parts = urlsplit(url)
     assert parts.hostname is not None
     received = b""
     with socket.create_connection((parts.hostname, parts.port or 80), timeout=_TIMEOUT_S) as connection:
-        try:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # refused before it was read to the end
             connection.sendall(request)
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # refused before it was read to the end
-        try:
+        with contextlib.suppress(OSError):
             if b"content-length: 100\r\n" in request:
                 connection.shutdown(socket.SHUT_WR)
-            while piece := connection.recv(65536):
+            while not _complete(received) and (piece := connection.recv(65536)):
                 received += piece
-        except OSError:
-            pass
     head, _, body = received.partition(b"\r\n\r\n")
     status = re.match(rb"HTTP/1\.[01] (\d{3})", head)
     if b"transfer-encoding: chunked" in head.lower():
         body = b"".join(re.findall(rb"[0-9a-fA-F]+\r\n(.*?)\r\n", body, re.DOTALL))
     return Reply(int(status.group(1)) if status else 0, head.decode("latin-1"), body)
+
+
+def _complete(received: bytes) -> bool:
+    head, end, body = received.partition(b"\r\n\r\n")
+    length = re.search(rb"\r\ncontent-length: *(\d+)", head, re.IGNORECASE)
+    if length:
+        return bool(end) and len(body) >= int(length.group(1))
+    return bool(end) and b"transfer-encoding: chunked" in head.lower() and body.endswith(b"0\r\n\r\n")

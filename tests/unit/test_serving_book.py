@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from scipy.stats import ks_2samp
 
 from serve_apps.agents import merge
+from serve_apps.recorder import Recorder
 from serve_apps.tokens import digests, page_token, read_tokens
 from serve_apps.web.guard import accepted
 from stitch_ray.config.serve import HttpConfig
@@ -152,3 +154,17 @@ def test_metrics_of_several_nodes_are_one_text_with_every_family_once() -> None:
     assert sum(line.startswith("ray_stitch_calls_bucket") for line in lines) == 2
     assert lines.index("# TYPE ray_stitch_requests_total counter") > lines.index('ray_stitch_calls_count{w="b"} 3')
     assert not any("ray_node" in line for line in lines)
+
+
+def test_half_a_line_of_a_recorder_that_was_killed_spoils_no_later_one(tmp_path: Path) -> None:
+    (tmp_path / "answers.jsonl").write_text('{"id": "cut o')
+    policy = {"version": POLICY.version, "path": str(tmp_path / "policy.json")}
+
+    def recorder() -> Any:
+        return Recorder.func_or_class(str(tmp_path), 100)  # type: ignore[attr-defined]
+
+    async def record() -> None:
+        await recorder().record(policy, [{"entry": entry("next").to_dict(), "draft_confidence": None}])
+
+    asyncio.run(record())
+    assert asyncio.run(recorder().label("next", True)) == {"status": "recorded"}
