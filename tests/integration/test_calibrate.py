@@ -251,9 +251,7 @@ def scorer(folder: Path, run: str) -> str:
     held = read_answers([run])
     held = held.take(np.isin(held.column("split").astype(str), ("stack", "isotonic")))
     folder.mkdir()
-    made = fit_scorer(
-        folder, held, None, signals=["perplexity"], loss="bce", max_length=None, seed=0
-    )
+    made = fit_scorer(folder, held, None, signals=["perplexity"], loss="bce", max_length=None, seed=0)
     made.save(folder)
     write_trained_on(folder, held.column("group_id"))
     (folder / "manifest.json").write_text(json.dumps({"job": "train-scorer", "work_hash": "w", "status": "done"}))
