@@ -63,6 +63,8 @@ def word_diff(before: str, after: str) -> Iterator[tuple[Change, str]]:
             yield "same", "".join(new[c:d])
             continue
         if a < b:
-            yield "removed", "".join(old[a:b])
+            # the last word of `after` has no white space behind it, though something stood there before
+            apart = " " if a and c == len(new) and c and not new[-1][-1].isspace() else ""
+            yield "removed", apart + "".join(old[a:b])
         if c < d:
             yield "added", "".join(new[c:d])

@@ -1,7 +1,7 @@
 """What replies are said to mean, and what is said to have changed."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from stitch_ray.client.words import find_target, percent, promise, word_diff
@@ -42,6 +42,7 @@ def test_a_promise_says_how_sure_it_is() -> None:
     )
 
 
+@example(before="a a", after="a")
 @given(st.text(alphabet="ab \n", max_size=30), st.text(alphabet="ab \n", max_size=30))
 def test_what_is_not_removed_is_the_new_text(before: str, after: str) -> None:
     runs = list(word_diff(before, after))
