@@ -16,10 +16,12 @@ from stitch_ray.config.loading import absolute_paths
 from stitch_ray.console import Config, Out, Overwrite, Set, exits
 from stitch_ray.errors import UserError
 
+_JOBS = [job for job in CONFIGS if job != "serve"]
+
 
 @exits
 def submit(
-    job: Annotated[str, typer.Argument(help=f"job to run: {', '.join(CONFIGS)}", metavar="JOB", show_default=False)],
+    job: Annotated[str, typer.Argument(help=f"job to run: {', '.join(_JOBS)}", metavar="JOB", show_default=False)],
     config: Config,
     address: Annotated[str, typer.Option("--address", help="dashboard of the cluster, http://HEAD:8265")],
     set_: Set = None,
@@ -28,8 +30,12 @@ def submit(
     follow: Annotated[bool, typer.Option("--follow", help="print the job's log and exit with its code")] = False,
 ) -> None:
     """Send a job to a running cluster; sending it again attaches to it. Inputs and --out must be on shared storage."""
-    if job not in CONFIGS:
-        raise UserError(f"unknown job {job!r}; known: {', '.join(CONFIGS)}")
+    if job == "serve":
+        raise UserError(
+            "serve is no job with an end; deploy it with: stitch-ray serve CONFIG.yaml --address ADDR --detach"
+        )
+    if job not in _JOBS:
+        raise UserError(f"unknown job {job!r}; known: {', '.join(_JOBS)}")
     settings = load_config(CONFIGS[job], config, set_ or [])
     from stitch_ray.submission import submit as send  # Ray loads only where it is needed
 

@@ -286,3 +286,9 @@ def test_a_job_started_as_a_module_is_the_command() -> None:
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr.startswith("error: cannot read the configuration absent.yaml")
+
+
+def test_serve_is_not_submitted_as_a_job(tmp_path: Path) -> None:
+    result = invoke("submit", "serve", tmp_path / "serve.yaml", "--address", "http://127.0.0.1:1")
+    assert result.exit_code == 2
+    assert "--detach" in result.output
