@@ -1,1 +1,1 @@
-"""Selective prediction: draft, score, refine where unsure, score again; answer or abstain. Knows nothing of Ray."""
+"""Selective prediction: draft, score, refine where unsure, score again; answer or abstain. Only `batch` knows of Ray."""
