@@ -14,8 +14,8 @@ from stitch_ray.data import formats, readers
 from stitch_ray.data.corpus import inputs_hash
 from stitch_ray.engines.endpoint import check_endpoint, endpoint_fingerprint
 from stitch_ray.engines.fingerprint import model_fingerprint, model_folder
-from stitch_ray.ensemble.fingerprints import check_scorer, ensemble_fingerprints, local_member
-from stitch_ray.ensemble.online_signals import check_signals
+from stitch_ray.ensemble.checking import check_ensemble
+from stitch_ray.ensemble.fingerprints import local_member
 from stitch_ray.errors import UserError
 from stitch_ray.records import content_hash
 from stitch_ray.reliability.answers.labels import judge_prompt
@@ -77,14 +77,8 @@ def check(config: PredictConfig) -> Ready:
                 raise UserError(str(error).replace("endpoint.", f"ensemble.{key}.endpoint.", 1)) from error
     assert config.scorer is not None
     scorer = ScorerFile.load(config.scorer)
-    try:
-        check_signals(ensemble, scorer.needed)
-        check_scorer(ensemble, scorer)
-        fingerprints = ensemble_fingerprints(ensemble, scorer.fingerprint)
-        prompter = local_member(ensemble.primary).prompter if ensemble.primary.model else None
-    except UserError as error:
-        inside = not str(error).startswith("scorer:")
-        raise UserError(f"ensemble.{error}" if inside else str(error)) from error
+    fingerprints = check_ensemble(ensemble, scorer)
+    prompter = local_member(ensemble.primary).prompter if ensemble.primary.model else None
     policy, notes = _check_policy(config, fingerprints)
     work = {
         **_data(config, sources),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from stitch_ray.config.serve import ServeConfig
-from stitch_ray.ensemble.fingerprints import check_scorer, ensemble_fingerprints
+from stitch_ray.ensemble.checking import check_ensemble
 from stitch_ray.errors import UserError
 from stitch_ray.records import content_hash
 from stitch_ray.reliability.policy import Fingerprints, Policy, UnknownTarget
@@ -41,16 +41,8 @@ class Ready:
 
 def check(config: ServeConfig) -> Ready:
     """Raises UserError for missing models, scorer or policy, and for a policy that was made for other members."""
-    from stitch_ray.ensemble.online_signals import check_signals
-
     scorer = ScorerFile.load(config.scorer)
-    try:
-        check_signals(config.ensemble, scorer.needed)
-        check_scorer(config.ensemble, scorer)
-        fingerprints = ensemble_fingerprints(config.ensemble, scorer.fingerprint)
-    except UserError as error:
-        inside = not str(error).startswith("scorer:")
-        raise UserError(f"ensemble.{error}" if inside else str(error)) from error
+    fingerprints = check_ensemble(config.ensemble, scorer)
     policy = Policy.load(config.policy)
     unchecked = policy.check_fingerprints(**asdict(fingerprints))
     _check_risk(config, policy)
