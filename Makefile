@@ -18,8 +18,11 @@ PYTHON ?= $(shell for p in python3.11 python3 python; do \
 UV ?= $(shell command -v $(BIN)/uv || command -v uv)
 LOCK_ARGS ?=
 
-# Options for pytest, e.g. make test PYTEST_ARGS="-x tests/unit"
+# Options for pytest, e.g. make test PYTEST_ARGS=-x. For single files: .venv/bin/python -m pytest tests/unit/test_cli.py
 PYTEST_ARGS ?=
+
+# Processes of the unit tests. The others start Ray, vLLM or browsers, which have all cores for themselves.
+UNIT_PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all lint format bench lock clean
@@ -48,10 +51,12 @@ demo: install  ## select from a made corpus with a tiny model and fine-tune on w
 	$(BIN)/stitch-ray demo
 
 test: lint  ## lint, then every test that is not marked slow
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/unit -m "not slow" -n $(UNIT_PROCESSES) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests --ignore tests/unit -m "not slow" $(PYTEST_ARGS)
 
 test-all: lint  ## lint, then all tests, with the slow ones and the injected faults
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/unit -n $(UNIT_PROCESSES) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests --ignore tests/unit $(PYTEST_ARGS)
 
 lint: install  ## ruff (rules and layout) and mypy
 	$(BIN)/ruff check .

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 
 from benchmarks.harness import table
 from benchmarks.served.skills import KNOWS, MISLEADS, SURENESS, SkilledPrimary, SkilledScorer, right, skilled_auxiliary
+from stitch_ray.config.calibrate import CalibrateConfig, TargetConfig
 from stitch_ray.config.ensemble import DialogueConfig
 from stitch_ray.ensemble.dialogue_route import DialogueRoute
 from stitch_ray.ensemble.predictor import Predictor
 from stitch_ray.ensemble.types import Prediction, Question
-from stitch_ray.reliability.calibration import Threshold, learn_then_test, promising_start, quantile_grid
-from stitch_ray.reliability.cascade import cascade_threshold, replay
-from stitch_ray.reliability.policy import Fingerprints, Policy, Target
+from stitch_ray.reliability.policy import Fingerprints, Policy
+from stitch_ray.reliability.risk.promises import calibrate
+from stitch_ray.reliability.risk.questions import Material, Questions
+from stitch_ray.reliability.risk.scaling import on_one_scale
 
 SKILLS = (0.5, 0.6, 0.7, 0.8)
 RISK, DELTA = 0.1, 0.1
+PROMISE = [TargetConfig(risk=RISK, delta=DELTA)]  # type: ignore[call-arg]
 GRID = 200
 BAR = 0.5
 
@@ -51,7 +54,7 @@ def compare(num: int) -> tuple[str, dict[str, Any]]:
     note = (
         f"Over all four sets the cascade makes {share:.0%} of the calls (target 50 %: {_verdict(share)}). "
         f"Simulated members of known skill behind the real predictor, dialogue of at most 4 turns that ends in agreement; "
-        f"{num:,} questions calibrate and {num:,} others are tested. An auxiliary knows the answer to {KNOWS:.0%} of the "
+        f"{num:,} questions calibrate, half as many before them choose grid and scale, {num:,} others are tested. An auxiliary knows the answer to {KNOWS:.0%} of the "
         f"questions, is sure of a wrong one in {MISLEADS:.0%}, and else keeps what was said. The scorer's log-odds have "
         f"mean +-{SURENESS:g} and deviation 1. Equal selective accuracy: both rules are calibrated for at most {RISK:.0%} "
         f"wrong answers (delta {DELTA:g}). Calls are those of models, the scorer's not counted: draft, turns, and the "
@@ -66,45 +69,69 @@ async def _of_skill(skill: float, num: int) -> dict[str, Any]:
     route = DialogueRoute(DialogueConfig(), engines, names)  # type: ignore[call-arg]
     predictor = Predictor(primary=SkilledPrimary(skill), scorer=SkilledScorer(), route=route)
     questions = [Question(example_id=str(n), question=f"question {n}") for n in range(2 * num + num // 2)]
-    chosen, calibrated, tested = questions[: num // 2], questions[num // 2 : -num], questions[-num:]
-    choosing = _stages([await predictor.both_stages(question) for question in chosen])
-    seen = _stages([await predictor.both_stages(question) for question in calibrated])
-
-    always = _always(choosing, seen)
+    tested = questions[-num:]
     everything = [await predictor.both_stages(question) for question in tested]
-    refined = _stages(everything)
-    kept = refined[2] >= (np.inf if always.value is None else always.value)
-
-    promise = Target.of(None, _cascade(choosing, seen))
-    policy = Policy((promise,), Fingerprints(**asdict(predictor.fingerprints)), {"loss": "error"})
-    cascade = [await predictor.predict(question, policy=policy) for question in tested]
-    given = [one for one in cascade if one.decision == "answer"]
+    seen = _material(
+        [await predictor.both_stages(question) for question in questions[: num // 2]],
+        [await predictor.both_stages(question) for question in questions[num // 2 : -num]],
+        everything,
+        Fingerprints(**asdict(predictor.fingerprints)),
+    )
+    cascade = await _cascade(predictor, tested, seen)
     return {
-        "always-dialogue": {
-            "coverage": float(kept.mean()),
-            "accuracy": float(1 - refined[3][kept].mean()),
-            "calls": float(np.mean([one.calls for one in everything])),
-            "threshold": always.value,
-        },
-        "cascade": {
-            "coverage": len(given) / len(cascade),
-            "accuracy": float(np.mean([one.answer == right(one.question) for one in given])),
-            "calls": float(np.mean([one.calls for one in cascade])),
-            "threshold": promise.threshold,
-        },
+        "always-dialogue": _always(seen, everything),
+        "cascade": cascade,
         "floor": float(np.mean([one.calls if one.draft != right(one.question) else 1 for one in everything])),
     }
 
 
-def _verdict(share: float) -> str:
-    return "met" if share <= BAR else "MISSED"
+async def _cascade(predictor: Predictor, tested: list[Question], seen: Material) -> dict[str, Any]:
+    """Calibrated as `calibrate` does it, and then asked."""
+    config = CalibrateConfig(predictions=["simulated"], route="dialogue", targets=PROMISE, grid=GRID)  # type: ignore[call-arg]
+    scaled, scale, _ = on_one_scale(seen, config)
+    (promise,), _ = calibrate(scaled, config)
+    policy = Policy((promise,), seen.fingerprints, {"loss": "error"}, scale)
+    found = [await predictor.predict(question, policy=policy) for question in tested]
+    given = [one for one in found if one.decision == "answer"]
+    return {
+        "coverage": len(given) / len(found),
+        "accuracy": float(np.mean([one.answer == right(one.question) for one in given])),
+        "calls": float(np.mean([one.calls for one in found])),
+        "threshold": promise.threshold,
+    }
 
 
-Stages = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-"""Confidence and loss of the drafts, confidence and loss of the refined answers."""
+def _always(seen: Material, everything: list[Prediction]) -> dict[str, Any]:
+    """The refined answers alone, from a threshold of their own on."""
+    config = CalibrateConfig(answers=["simulated"], targets=PROMISE, grid=GRID)  # type: ignore[call-arg]
+    alone = replace(seen, isotonic=_second(seen.isotonic), calibrate=_second(seen.calibrate), test=_second(seen.test))
+    (promise,), _ = calibrate(alone, config)
+    kept = alone.test.draft >= (np.inf if promise.threshold is None else promise.threshold)
+    return {
+        "coverage": float(kept.mean()),
+        "accuracy": float(1 - alone.test.draft_loss[kept].mean()),
+        "calls": float(np.mean([one.calls for one in everything])),
+        "threshold": promise.threshold,
+    }
 
 
-def _stages(predictions: list[Prediction]) -> Stages:
+def _material(
+    choosing: list[Prediction], calibrating: list[Prediction], testing: list[Prediction], fingerprints: Fingerprints
+) -> Material:
+    return Material(
+        isotonic=_questions(choosing),
+        calibrate=_questions(calibrating),
+        test=_questions(testing),
+        fingerprints=fingerprints,
+        splits={},
+        rows_in=0,
+        rows_out=0,
+        dropped={},
+        quarantined=(),
+    )
+
+
+def _questions(predictions: list[Prediction]) -> Questions:
     rows = [
         (
             one.draft_confidence,
@@ -114,24 +141,14 @@ def _stages(predictions: list[Prediction]) -> Stages:
         )
         for one in predictions
     ]
-    columns = np.array(rows, np.float64).T
-    return columns[0], columns[1], columns[2], columns[3]
+    return Questions(np.full(len(rows), None, object), *np.array(rows, np.float64).T)
 
 
-def _cascade(choosing: Stages, seen: Stages) -> Threshold:
-    grid = quantile_grid(np.maximum(choosing[0], choosing[2]), GRID)
-    accepted, losses = replay(*choosing, grid)
-    start = _start(accepted, losses, len(seen[0]), grid)
-    return cascade_threshold(*seen, RISK, DELTA, grid=grid, start=start)
+def _second(questions: Questions) -> Questions:
+    assert questions.final is not None
+    assert questions.final_loss is not None
+    return Questions(questions.tasks, questions.final, questions.final_loss)
 
 
-def _always(choosing: Stages, seen: Stages) -> Threshold:
-    grid = quantile_grid(choosing[2], GRID)
-    accepted = choosing[2] >= grid[:, None]
-    start = _start(accepted, np.where(accepted, choosing[3], 0.0), len(seen[0]), grid)
-    return learn_then_test(seen[2], seen[3], RISK, DELTA, grid=grid, start=start)
-
-
-def _start(accepted: np.ndarray, losses: np.ndarray, num: int, grid: np.ndarray) -> float | None:
-    place = promising_start(accepted, losses, num, RISK)
-    return None if place is None else float(grid[place])
+def _verdict(share: float) -> str:
+    return "met" if share <= BAR else "MISSED"

@@ -26,6 +26,7 @@ class PolicyView:
             "targets": targets,
             "fingerprints": asdict(policy.fingerprints),
             "joint_delta": policy.joint_delta,
+            "scale": None if policy.scale is None else policy.scale.to_dict(),
             "active": asdict(policy.target(None, active.target_risk)) if _for_all(active) else None,
             "model_version": model_version,
         }

@@ -145,7 +145,8 @@ class Service:
         question = Question(example_id=request_id, question=body.question, context=body.context, task=body.task)
         try:
             async with asyncio.timeout(self.active.limits.deadline_s):
-                return {"confidence": await self._rater.rate(question, body.answer)}
+                score = await self._rater.rate(question, body.answer)
+                return {"confidence": self.active.policy.confidence(score, "draft")}
         except TimeoutError as error:
             raise _deadline(self.active.limits.deadline_s) from error
         except asyncio.CancelledError:

@@ -38,6 +38,11 @@ class CalibrateConfig(Strict):
         description="promises; the first is the default",
     )
     method: Literal["learn_then_test", "sgr"] = Field("learn_then_test", description="how the threshold is found")
+    scale: Literal["platt", "none"] = Field(
+        "platt",
+        description="of a cascade: platt makes scores of drafts and of refined answers confidences of one scale, each by a "
+        "logistic fit on labels of the isotonic split; none: one threshold for the scores as they are",
+    )
     loss: Literal["error", "quality"] = Field("error", description="error: 1 - correct; quality: 1 - label")
     grid: int = Field(100, ge=2, description="thresholds tried, quantiles of the isotonic split")
     split: AnswerSplitConfig | None = Field(None, description="of files; run folders bring their own")

@@ -20,6 +20,7 @@ class Passage:
         self.budget = Budget(limits)
         self.target_risk: float | None = None
         self.draft: str | None = None
+        self.draft_score: float | None = None
         self.draft_confidence: float | None = None
         self.refined: str | None = None
         self.final_confidence: float | None = None

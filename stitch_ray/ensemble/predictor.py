@@ -33,6 +33,7 @@ from stitch_ray.errors import UserError
 from stitch_ray.records import content_hash
 from stitch_ray.reliability.cascade import Decision, decide
 from stitch_ray.reliability.policy import NO_ROUTE, Fingerprints, Policy
+from stitch_ray.reliability.stage_scale import Stage
 
 _FAILURES: dict[type[Exception], Reason] = {
     ScorerUnavailable: "scorer_unavailable",
@@ -102,7 +103,7 @@ class Predictor:
     ) -> Prediction:
         """Like `predict`, but the draft is refined and scored again however sure it is: calibration needs both.
 
-        The decision is that of `policy`, or none. A refined answer that could not be had has no confidence; the reason
+        The decision is that of `policy`, or none, and without one confidences are the scorer's own. A refined answer that could not be had has no confidence; the reason
         is that of the decision where the draft was to be given anyway. Raises ValueError without a route.
         """
         if self._route is None:
@@ -121,11 +122,11 @@ class Predictor:
         decision: Decision | None = None
         reason: Reason | None = None
         try:
-            draft = await self._draft(passage)
+            draft = await self._draft(passage, policy)
             if policy is not None:
                 decision = self._decide(policy, question, target_risk, passage.draft_confidence)
             if self._route is not None and (always or (decision is not None and decision.action == "escalate")):
-                await self._refine(passage, self._route, draft)
+                await self._refine(passage, self._route, draft, policy)
                 if policy is not None and decision is not None and decision.action == "escalate":
                     final = math.nan if passage.final_confidence is None else passage.final_confidence
                     decision = self._decide(policy, question, target_risk, passage.draft_confidence, final)
@@ -151,21 +152,22 @@ class Predictor:
             policy, draft=draft, final=final, has_route=has_route, task=question.task, target_risk=target_risk
         )
 
-    async def _draft(self, passage: Passage) -> Answer:
+    async def _draft(self, passage: Passage, policy: Policy | None) -> Answer:
         passage.budget.check()
         draft = await passage.timed(self._primary.answer(passage.question))
         passage.draft = draft.text
         passage.budget.spend(draft.calls, draft.tokens)
         await passage.tell("draft", **_shown(draft))
-        passage.draft_confidence = await self._score(passage, draft)
+        passage.draft_score = await self._score(passage, draft)
+        passage.draft_confidence = _confidence(policy, passage.draft_score, "draft")
         await passage.tell("score", confidence=passage.draft_confidence)
         return draft
 
-    async def _refine(self, passage: Passage, route: Route, draft: Answer) -> None:
+    async def _refine(self, passage: Passage, route: Route, draft: Answer, policy: Policy | None) -> None:
         await passage.begin("refine", route=route.name)
         refined = await self._last(passage, route, draft)
         if refined.text == draft.text:
-            confidence = passage.draft_confidence
+            confidence = _confidence(policy, passage.draft_score, "refined")
             await passage.tell("rescore", confidence=confidence, same_as_draft=True)
         else:
             passage.budget.check()
@@ -174,7 +176,7 @@ class Predictor:
             except EngineError as error:
                 raise RouteFailed(f"the primary cannot read the refined answer: {error.reason}") from error
             passage.budget.spend(answer.calls, answer.tokens)
-            confidence = await self._score(passage, answer)
+            confidence = _confidence(policy, await self._score(passage, answer), "refined")
             await passage.tell("rescore", confidence=confidence, changed_by=refined.changed_by, **_shown(answer))
         passage.refined, passage.final_confidence = refined.text, confidence
 
@@ -252,6 +254,10 @@ def build_predictor(
     if config.route == "dialogue":
         route = DialogueRoute(config.dialogue, auxiliaries, [member.name for member in config.auxiliaries])
     return Predictor(primary=primary, scorer=scorer, route=route, on_failure=config.on_failure)
+
+
+def _confidence(policy: Policy | None, score: float | None, stage: Stage) -> float | None:
+    return score if policy is None else policy.confidence(score, stage)
 
 
 def _shown(answer: Answer) -> dict[str, Any]:

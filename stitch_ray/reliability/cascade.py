@@ -20,7 +20,8 @@ from stitch_ray.reliability.calibration import (
     from_start,
     learn_then_test_policies,
 )
-from stitch_ray.reliability.policy import Policy, Stage
+from stitch_ray.reliability.policy import Policy
+from stitch_ray.reliability.stage_scale import Stage
 
 Floats = NDArray[np.float64]
 Action = Literal["answer", "escalate", "abstain"]
@@ -51,7 +52,7 @@ def decide(
 ) -> Decision:
     """The decision on a draft, or with `final` on the refined answer.
 
-    draft, final: confidences. An answer that could not be scored has NaN, a draft also None; `final` None: not refined
+    draft, final: confidences, as `Policy.confidence` makes them of scores. An answer that could not be scored has NaN, a draft also None; `final` None: not refined
     yet. An unscored draft escalates where there is a route and is never given. Where the policy abstains on everything,
     nothing is refined in vain.
 

@@ -8,16 +8,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from stitch_ray.errors import UserError
 from stitch_ray.records import content_hash
 from stitch_ray.reliability.calibration import Threshold
+from stitch_ray.reliability.stage_scale import Stage, StageScale
 from stitch_ray.runs import write_json
 
 POLICY = "policy.json"
 NO_ROUTE = "none"
-Stage = Literal["draft", "refined"]
 
 
 class UnknownTarget(ValueError):
@@ -80,12 +80,14 @@ class Policy:
     """Thresholds by task and target risk; the first target is the default.
 
     A policy with a route has one threshold for both stages: it takes the draft from that confidence on, else the
-    refined answer from that confidence on.
+    refined answer from that confidence on. `scale` makes confidences of the scorer's scores, by stage; None: they are
+    the scores themselves.
     """
 
     targets: tuple[Target, ...]
     fingerprints: Fingerprints
     created_from: Mapping[str, Any]
+    scale: StageScale | None = None
 
     @cached_property
     def version(self) -> str:
@@ -118,6 +120,10 @@ class Policy:
         whose = "a question without task" if task is None else f"task {task!r}"
         known = ", ".join(f"{t.target_risk:g}{f' for task {t.task!r}' if t.task else ''}" for t in mine or self.targets)
         raise UnknownTarget(f"no threshold was calibrated for {whose} and {what}; calibrated are {known}")
+
+    def confidence(self, score: float | None, stage: Stage) -> float | None:
+        """What the thresholds are compared with, of what the scorer says of an answer. None: unscored."""
+        return score if self.scale is None else self.scale.confidence(score, stage)
 
     def accepts(
         self, confidence: float | None, *, stage: Stage, task: str | None = None, target_risk: float | None = None
@@ -176,7 +182,8 @@ class Policy:
             marks = values["fingerprints"]
             auxiliaries = marks["auxiliaries"]
             fingerprints = Fingerprints(**{**marks, "auxiliaries": None if auxiliaries is None else tuple(auxiliaries)})
-            policy = cls(targets, fingerprints, values["default"]["created_from"])
+            scale = StageScale.from_dict(values["scale"]) if "scale" in values else None
+            policy = cls(targets, fingerprints, values["default"]["created_from"], scale)
             version = values["version"]
         except OSError as error:
             raise UserError(f"policy: cannot read {file}: {error.strerror}") from error
@@ -208,6 +215,7 @@ class Policy:
             "targets": [asdict(target) for target in self.targets],
             "fingerprints": {**marks, "auxiliaries": None if auxiliaries is None else list(auxiliaries)},
             "joint_delta": self.joint_delta,
+            **({} if self.scale is None else {"scale": self.scale.to_dict()}),
         }
 
 

@@ -311,6 +311,42 @@ def test_a_cascade_is_calibrated_as_a_whole_and_a_threshold_of_drafts_is_refused
     fails("one stage", **values, route="dialogue", method="sgr")
     fails("serve_kind: no effect", **values, route="dialogue", serve_kind="greedy")
     fails("from drafts alone", answers=[file], route="dialogue")
+    fails("scale: no effect", answers=[file], scale="none")
+
+
+def test_the_stages_of_a_cascade_are_put_on_one_scale_unless_it_is_not_wanted(tmp_path: Path) -> None:
+    """Its second stage says .7 in log-odds too much; what is written beside the policy are confidences, not scores."""
+    rows = two_stages(3000)
+    file = write(tmp_path / "p.jsonl", rows)
+    values: Record = {"predictions": [file], "split": HALF, "route": "dialogue", "targets": [{"risk": 0.2}]}
+    done = calibrate(tmp_path / "run", report=True, **values)
+    scale = Policy.load(tmp_path / "run").scale
+    assert scale is not None
+    assert scale.confidence(0.5, "refined") < scale.confidence(0.5, "draft")
+    assert "on one scale" in shown(tmp_path / "run")
+    table = pq.read_table(tmp_path / "run" / "calibration.parquet")
+    scores = {stage: np.sort([row[f"{stage}_confidence"] for row in rows]) for stage in ("draft", "final")}
+    for stage, name in (("draft", "draft"), ("final", "refined")):
+        written = np.sort(table[f"{stage}_confidence"].to_numpy())
+        assert len(written) == done.facts["rows_out"]
+        assert np.isin(written.round(9), scale.apply(scores[stage], name).round(9)).all()  # type: ignore[arg-type]
+    calibrate(tmp_path / "plain", **values, scale="none")
+    assert Policy.load(tmp_path / "plain").scale is None
+    plain = pq.read_table(tmp_path / "plain" / "calibration.parquet")
+    assert np.isin(plain["final_confidence"].to_numpy(), scores["final"]).all()
+
+
+def test_predictions_under_a_scale_are_no_scores_to_calibrate(tmp_path: Path) -> None:
+    folder = tmp_path / "predicted"
+    folder.mkdir()
+    pq.write_table(pa.Table.from_pylist(two_stages(100)), folder / "predictions.parquet")
+    marks = {"primary": "p", "auxiliaries": ["a"], "scorer": "s", "route": "dialogue:1"}
+    manifest: Record = {"job": "predict", "work_hash": "w", "status": "done", "fingerprints": marks}
+    manifest |= {"policy": "v1", "scale": None}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    preflight.check(config(predictions=[str(folder)], route="dialogue"))
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "scale": {"draft": {}}}))
+    fails("on the scale of policy v1.*calibration: true", predictions=[str(folder)], route="dialogue")
 
 
 def test_a_question_without_its_second_stage_stops_the_calibration(tmp_path: Path) -> None:
@@ -439,7 +475,9 @@ def test_labels_of_a_cascade_test_its_active_threshold_alone(tmp_path: Path) -> 
     for wrong, kept in ((0.1, True), (0.3, False)):
         rows = [{"confidence": float(c), "correct": bool(rng.random() > wrong)} for c in confidence]
         calibrate(tmp_path / f"new{kept}", policy=str(tmp_path / "old"), feedback=[write(tmp_path / "f.jsonl", rows)])
-        assert Policy.load(tmp_path / f"new{kept}").target().threshold == (threshold if kept else None)
+        new = Policy.load(tmp_path / f"new{kept}")
+        assert new.target().threshold == (threshold if kept else None)
+        assert new.scale == old.scale is not None
 
 
 def test_dry_run_counts_and_says_how_many_are_needed(tmp_path: Path) -> None:

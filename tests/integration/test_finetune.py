@@ -348,6 +348,7 @@ def test_what_cannot_work_is_exit_2_with_the_reason_and_no_folder(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_what_only_a_worker_can_find_wrong_is_not_tried_again(
     ray_cluster: object, tiny_model: Path, tasks: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -451,6 +452,7 @@ def test_every_epoch_sees_every_example_once_in_an_order_of_its_own(
     assert {int(slot) for _, slot, _ in lines} == {0, 1}  # both workers had a share
 
 
+@pytest.mark.slow
 def test_padded_micro_batches_of_the_same_examples_have_the_same_loss(
     two_epochs: tuple[Summary, list[list[str]]],
     sharp_model: Path,

@@ -725,6 +725,7 @@ def test_diverse_selection_holds_no_two_rows_above_max_cosine(
     assert len(selected) == 48 or max_cosine == 0.5
 
 
+@pytest.mark.slow
 def test_agreement_of_the_layouts_is_reported_for_every_model_whatever_the_weights(
     two_models: tuple[Values, Path], tmp_path: Path
 ) -> None:

@@ -137,6 +137,7 @@ def test_what_is_finished_is_not_trained_again(
     assert not (tmp_path / "log").exists()
 
 
+@pytest.mark.slow
 def test_one_worker_makes_the_same_weights_as_two_with_the_same_forwards(
     trained: EncoderOutcome, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,6 +162,7 @@ def test_one_worker_makes_the_same_weights_as_two_with_the_same_forwards(
     assert (alone.best_loss, alone.steps) == (pytest.approx(trained.best_loss, rel=1e-5), trained.steps)
 
 
+@pytest.mark.slow
 def test_early_stopping_exports_the_best_checkpoint(ray_cluster: object, base: Path, tmp_path: Path) -> None:
     """A learning rate that ruins what was learned. Regression, of the head alone."""
     ruinous = config(

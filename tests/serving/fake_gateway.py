@@ -155,6 +155,7 @@ def serving(prepare: Callable[[FakeGateway], object] | None = None, **options: A
     """A running gateway on a free port; `prepare` may add to its `app` before it starts."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
+    listener.listen(128)  # who comes before the server is up waits
     gateway = FakeGateway(f"http://127.0.0.1:{listener.getsockname()[1]}", FastAPI(), **options)
     _routes(gateway)
     if prepare is not None:

@@ -65,6 +65,7 @@ def manifest_facts(ready: Ready, outcome: Outcome) -> tuple[dict[str, Any], Eval
             "auxiliaries": None if marks.auxiliaries is None else list(marks.auxiliaries),
         },
         "policy": ready.work["policy"],
+        "scale": ready.work["scale"],
         "model_version": next(iter(table["model_version"].to_pylist()), None),
         "calibration": config.calibration,
         "split": config.split.model_dump(mode="json"),
@@ -131,6 +132,11 @@ def _notes(ready: Ready, manifest: Mapping[str, Any], evaluation: Evaluation | N
     if evaluation is not None and evaluation.split is None:
         notes.append(
             "No labelled question is of the test split, so all are measured. Scorer and policy may have learned from some."
+        )
+    if evaluation is not None and ready.config.calibration and ready.policy is None:
+        notes.append(
+            "Confidences here are the scorer's own, and so is the curve of the cascade: calibrate puts both stages on one "
+            "scale before it looks for a threshold."
         )
     lost = manifest["labels"].get("judge_failed", 0) + manifest["labels"].get("judge_unparsable", 0)
     if lost:

@@ -84,6 +84,7 @@ def check(config: PredictConfig) -> Ready:
         **_data(config, sources),
         "fingerprints": {**asdict(fingerprints), "auxiliaries": list(fingerprints.auxiliaries or ())},
         "policy": None if policy is None else policy.version,
+        "scale": None if policy is None or policy.scale is None else policy.scale.to_dict(),
         "calibration": config.calibration,
         "ensemble": _ensemble(ensemble),
         "seed": config.seed,
@@ -110,6 +111,7 @@ def _check_served(config: PredictConfig, target: ServedConfig, sources: tuple[st
         **_data(config, sources),
         "target": {"url": target.url, "model_version": served.get("model_version")},
         "policy": served["version"],
+        "scale": served.get("scale"),
     }
     return Ready(config, sources, None, None, fingerprints, frozenset(), labels, (), work)
 

@@ -20,6 +20,7 @@ from stitch_ray.reliability.risk import facts as telling
 from stitch_ray.reliability.risk.preflight import Ready, Update
 from stitch_ray.reliability.risk.promises import calibrate, promise_facts, target_facts
 from stitch_ray.reliability.risk.questions import Floats, Material
+from stitch_ray.reliability.risk.scaling import on_one_scale
 from stitch_ray.reliability.risk.single import CONFIDENCE, Chosen, material
 from stitch_ray.reliability.risk.update import Renewal, renew
 from stitch_ray.report.calibration import CalibrationFacts, CheckFacts, write_report
@@ -40,10 +41,11 @@ def run(ready: Ready, folder: RunFolder, progress: Progress = lambda step: None)
     check_cluster(ready, folder.path)
     given = _with_confidences(ready, ready.given, folder, progress) if isinstance(ready.given, Chosen) else ready.given
     progress(Step(stage="calibrating", done=0, total=len(ready.config.targets), unit="targets"))
+    given, scale, told = on_one_scale(given, ready.config)
     targets, notes = calibrate(given, ready.config)
     created = {"job": "calibrate", "work_hash": ready.work_hash, "loss": ready.config.loss, "policy": None}
-    policy = Policy(targets, given.fingerprints, created)
-    facts = _facts(ready, folder, policy, given, notes)
+    policy = Policy(targets, given.fingerprints, created, scale)
+    facts = _facts(ready, folder, policy, given, [*told, *notes])
     text = ""
     if len(given.test):
         evaluation = telling.measure(policy, given, ready.config)

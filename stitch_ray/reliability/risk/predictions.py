@@ -43,15 +43,22 @@ class _Row(NamedTuple):
 
 
 def sources(paths: Sequence[str]) -> list[str]:
-    """The files that `paths` name. Raises UserError for a missing path or a `predict` run that is not finished."""
+    """The files that `paths` name. Raises UserError for a missing path, and for a `predict` run that is not finished or
+    whose confidences a policy made."""
     found = []
     for path in paths:
         file = Path(path) / PREDICTIONS
         if not file.is_file():
             found += readers.expand([path])
             continue
-        if (read_manifest(Path(path)) or {}).get("status") != "done":
+        manifest = read_manifest(Path(path)) or {}
+        if manifest.get("status") != "done":
             raise UserError(f"predictions: {path} is no finished run; run the same command again")
+        if manifest.get("scale") is not None:
+            raise UserError(
+                f"predictions: the confidences in {path} are on the scale of policy {manifest.get('policy')}, and a policy "
+                "is made of the scorer's own; predict with calibration: true and without a policy"
+            )
         found.append(str(file))
     return found
 

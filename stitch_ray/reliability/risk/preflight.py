@@ -59,6 +59,7 @@ def check(config: CalibrateConfig) -> Ready:
         return _check_update(config)
     if config.predictions:
         return _check_cascade(config)
+    _refuse(config, {"scale"}, "answers, which are all of one stage")
     answers = read_answers(config.answers, config.split)
     _check_model(config)
     chosen = choose(answers, config)
@@ -80,7 +81,7 @@ def _check_cascade(config: CalibrateConfig) -> Ready:
 
 
 def _check_update(config: CalibrateConfig) -> Ready:
-    without_effect = {"targets", "scorer", "route", "split", "serve_kind", "method", "loss", "evaluation"}
+    without_effect = {"targets", "scorer", "route", "split", "serve_kind", "method", "scale", "loss", "evaluation"}
     _refuse(config, without_effect, "feedback, which updates the promises of the policy")
     assert config.policy is not None
     policy = Policy.load(config.policy)

@@ -59,7 +59,7 @@ def renew(policy: Policy, feedback: Feedback, size: int, work_hash: str) -> tupl
     if all(renewal.kept for renewal in renewals):
         return policy, renewals
     created = {**policy.created_from, "work_hash": work_hash, "policy": policy.version}
-    return Policy(tuple(renewal.after for renewal in renewals), policy.fingerprints, created), renewals
+    return Policy(tuple(renewal.after for renewal in renewals), policy.fingerprints, created, policy.scale), renewals
 
 
 def _renew(target: Target, labels: Sequence[Label], has_route: bool, size: int, test: Test) -> Renewal:
