@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -27,7 +28,7 @@ Section = Callable[[bool], Found]
 SECTIONS: dict[str, tuple[str, Section]] = {
     "overhead": (
         "Framework overhead, no-op models",
-        lambda quick: overhead.compare(1 if quick else 5, 100 if quick else 300),
+        lambda quick: overhead.compare(1 if quick else 5, 100 if quick else 200),
     ),
     "controller": (
         "A controller with a worker, for comparison",
@@ -66,8 +67,9 @@ def main(
     for name in section or SECTIONS:
         heading, measured = SECTIONS[name]
         print(f"{name} ...", file=sys.stderr, flush=True)
-        began = time.perf_counter()
+        began, before = time.perf_counter(), _stolen()
         text, facts = measured(quick)
+        text = f"{text}\n\n{_told(before, _stolen())}"
         print(f"{name}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
         if quick:
             print(f"{text}\n", flush=True)
@@ -77,6 +79,17 @@ def main(
         done[name] = {"measured": date, "heading": heading, "text": text, "facts": facts}
         texts = {one["heading"]: f"Measured {one['measured']}.\n\n{one['text']}" for one in done.values()}
         publish(NAME, TITLE, texts, {"sections": done}, "python -m benchmarks.serving")
+
+
+def _stolen() -> tuple[int, int]:
+    """Ticks in which a virtual machine wanted to run and was not let, and all ticks, so far."""
+    ticks = [int(value) for value in Path("/proc/stat").read_text("ascii").split("\n", 1)[0].split()[1:9]]
+    return ticks[7], sum(ticks) - ticks[3] - ticks[4]
+
+
+def _told(before: tuple[int, int], after: tuple[int, int]) -> str:
+    stolen, wanted = (now - then for then, now in zip(before, after, strict=True))
+    return f"Of the time in which this machine wanted to compute, {stolen / max(wanted, 1):.0%} went to its host's other guests."
 
 
 def _before() -> dict[str, dict[str, Any]]:

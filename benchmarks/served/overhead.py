@@ -8,17 +8,25 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.harness import median, table
-from benchmarks.served import controller
+from benchmarks.served import bare, controller
 from benchmarks.served.load import Load, measure
 from benchmarks.served.session import AUTHORIZED, CONFIDENT, DIALOGUE, served
 
 PROFILES = ("throughput", "default")
+BARE = "hand-written graph"
+"""Under the throughput profile as well."""
+
+SIDES = (*PROFILES, BARE)
 MANY = 16
-ROUTES: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
+Routes = Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]]
+
+ROUTES: Routes = {
     "confident": (CONFIDENT, {"reason": "confident", "answer": "draft 0.9"}),
     "dialogue": (DIALOGUE, {"reason": "refined", "answer": "refined 0.8", "calls": 4}),
 }
 """Route -> the question, and what its response must hold. The dialogue has two turns: draft, 2 turns, signals, 2 scores."""
+
+BARE_ROUTES = {"confident": (bare.CONFIDENT, bare.CONFIDENT), "dialogue": (bare.DIALOGUE, bare.DIALOGUE)}
 
 BARS_MS = {"confident": 4.5, "dialogue": 10.0}
 BAR_RATE = 3.5
@@ -35,34 +43,40 @@ def compare(rounds: int, requests: int) -> tuple[str, dict[str, Any]]:
                 child.deploy()
                 if child.profile != profile:
                     raise RuntimeError(f"the session has profile {child.profile}, and {profile} was asked for")
-                _rounds(found, profile, child.url, part, requests)
-    lines = [_line(profile, route, found) for profile in PROFILES for route in ROUTES]
+                sides: dict[str, tuple[str, Routes]] = {profile: (f"{child.url}/v1/predict", ROUTES)}
+                if profile == "throughput":
+                    sides[BARE] = (child.deploy_bare(), BARE_ROUTES)
+                _rounds(found, sides, part, requests)
+    lines = [_line(side, route, found) for side in SIDES for route in ROUTES]
     return f"{table(lines)}\n\n{_note(found, rounds, requests)}", {
-        f"{profile} {route} c={clients}": [load.facts() for load in loads]
-        for (profile, route, clients), loads in found.items()
+        f"{side} {route} c={clients}": [load.facts() for load in loads]
+        for (side, route, clients), loads in found.items()
     }
 
 
-def _rounds(found: Rounds, profile: str, url: str, rounds: int, requests: int) -> None:
+def _rounds(found: Rounds, sides: Mapping[str, tuple[str, Routes]], rounds: int, requests: int) -> None:
+    """The sides take turns within a round, so that all meet the machine in the same mood."""
     for number in range(-1, rounds):  # the first warms up
-        for route, (body, due) in ROUTES.items():
+        for route in ROUTES:
             for clients, num in ((1, requests), (MANY, 2 * requests)):
-                sent = num if number >= 0 else num // 2
-                load = measure(
-                    f"{url}/v1/predict", [body], clients=clients, requests=sent, headers=AUTHORIZED, due=due
-                ).check()
-                if number < 0:
-                    continue
-                found[profile, route, clients].append(load)
-                shown = f"p50 {load.quantile_ms(0.5):.2f} ms, p99 {load.quantile_ms(0.99):.2f} ms, {load.rate:.0f}/s"
-                print(f"  {profile} {route} c={clients}: {shown}", file=sys.stderr, flush=True)
+                for side, (url, routes) in sides.items():
+                    body, due = routes[route]
+                    sent = num if number >= 0 else num // 2
+                    load = measure(url, [body], clients=clients, requests=sent, headers=AUTHORIZED, due=due).check()
+                    if number < 0:
+                        continue
+                    found[side, route, clients].append(load)
+                    shown = (
+                        f"p50 {load.quantile_ms(0.5):.2f} ms, p99 {load.quantile_ms(0.99):.2f} ms, {load.rate:.0f}/s"
+                    )
+                    print(f"  {side} {route} c={clients}: {shown}", file=sys.stderr, flush=True)
 
 
-def _line(profile: str, route: str, found: Rounds) -> dict[str, str]:
-    one, many = found[profile, route, 1], found[profile, route, MANY]
+def _line(side: str, route: str, found: Rounds) -> dict[str, str]:
+    one, many = found[side, route, 1], found[side, route, MANY]
     rates = [load.rate for load in many]
     return {
-        "profile": profile,
+        "profile": side,
         "route": route,
         "c=1 p50 ms, every round": " ".join(f"{load.quantile_ms(0.5):.2f}" for load in one),
         "median p50": f"{_p50(one):.2f}",
@@ -85,10 +99,14 @@ def _note(found: Rounds, rounds: int, requests: int) -> str:
             f"{route} {times:.2f} x the requests/s of Serve's defaults (bar {BAR_RATE:g}: "
             f"{'met' if times >= BAR_RATE else 'MISSED'})"
         )
+    for route in ROUTES:
+        times = _p50(found["throughput", route, 1]) / _p50(found[BARE, route, 1])
+        verdicts.append(f"{route} p50 {times:.2f} x that of the hand-written graph")
     return (
         f"Scripted members that answer at once, one replica of each and of the gateway; clients on the same machine. "
         f"{rounds} rounds of {requests} requests (c=1) and {2 * requests} (c={MANY}) after one to warm up, the profiles' "
-        f"sessions in turn; every response was checked. {'; '.join(verdicts)}."
+        f"sessions in turn; every response was checked. The hand-written graph makes the same calls one after the other and "
+        f"does nothing else; it runs beside the ensemble and takes turns with it. {'; '.join(verdicts)}."
     )
 
 

@@ -21,6 +21,13 @@ AUTHORIZED = {"authorization": f"Bearer {TOKEN}"}
 MEMBERS = ("Primary", "Auxiliary1", "Auxiliary2", "ReliabilityScorer")
 CONFIDENT, DIALOGUE = {"question": "draft=0.9"}, {"question": "draft=0.3 final=0.8"}
 
+_OPTIONS: dict[str, Any] = {
+    "max_ongoing_requests": 64,
+    "max_queued_requests": 256,
+    "ray_actor_options": {"num_cpus": 0},
+    "logging_config": {"enable_access_log": False},
+}
+
 
 class Child:
     """The parent's side."""
@@ -45,6 +52,11 @@ class Child:
     def deploy(self, **changes: Any) -> None:
         """Start scripted members, or change them; see `_scripted`."""
         self._up(self.ask({"scripted": changes}))
+
+    def deploy_bare(self) -> str:
+        """Start `bare` beside the ensemble that runs; returns the URL to ask."""
+        self.ask({"bare": {}})
+        return f"{self.url}/bare/predict"
 
     def deploy_models(self, config: Mapping[str, Any]) -> None:
         """Start the ensemble of a `ServeConfig`; its token is `TOKEN`."""
@@ -121,20 +133,22 @@ def _scripted(
     members = []
     for name, kind, version in zip(MEMBERS, kinds, versions, strict=True):
         mine = dict(primary or {}) if name == "Primary" else {}
-        options = {
-            "max_ongoing_requests": 64,
-            "max_queued_requests": 256,
-            "ray_actor_options": {"num_cpus": 0},
-            "logging_config": ensemble.QUIET,
-            "request_router_config": ensemble.ROUTING,
-            **mine,
-        }
+        options = {**_OPTIONS, "request_router_config": ensemble.ROUTING, **mine}
         latency = latency_s if name == "Primary" else 0.0
         members.append(kind.options(name=name, **options).bind(version, latency))  # type: ignore[attr-defined]
     application = ensemble.assemble(config, fingerprints, members[0], members[1:3], members[3])
     url = deploying.listen(config.http)
     active = deploying.run([serve.RunTarget(application, name=config.name, route_prefix="/")])
     return {"url": url, "profile": active}
+
+
+def _bare(folder: Path, profile: str) -> dict[str, Any]:
+    from ray import serve
+
+    from benchmarks.served import bare
+
+    serve.run(bare.build(_OPTIONS), name="bare", route_prefix=bare.ROUTE)
+    return {}
 
 
 def _models(folder: Path, profile: str, *, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,7 +168,7 @@ def _replicas(folder: Path, profile: str) -> dict[str, int]:
     return {name: status.replica_states.get("RUNNING", 0) for name, status in deployments.items()}
 
 
-_COMMANDS = {"scripted": _scripted, "models": _models, "replicas": _replicas}
+_COMMANDS = {"scripted": _scripted, "bare": _bare, "models": _models, "replicas": _replicas}
 
 
 if __name__ == "__main__":
