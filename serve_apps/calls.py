@@ -47,6 +47,7 @@ class ServeCall:
     A call whose replica dies is made again on another, one that meets full queues after a short pause; both a bounded
     number of times, and never beyond the deadline, since the caller cancels. Cancelling cancels the call on the replica.
     `version` is set once it is known: a replica of another version refuses, so that within one answer versions never mix.
+    `outdated`: the last call found none of its version any more, only replicas of another.
     Raises what the method raised (not wrapped by Ray), Overloaded or MemberUnavailable.
     """
 
@@ -54,6 +55,7 @@ class ServeCall:
         self, handle: DeploymentHandle, member: str, *, retry: bool = True, on_retry: OnRetry = lambda *_: None
     ) -> None:
         self.version: str | None = None
+        self.outdated = False
         # Options make a new handle, which is no small part of a call; what the members exchange needs no cloudpickle.
         self._handle = handle.options(
             method_name="call", request_serialization="pickle", response_serialization="pickle"
@@ -68,7 +70,9 @@ class ServeCall:
         dead = busy = 0
         while True:
             try:
-                return await self._once(handle, method, args)
+                found = await self._once(handle, method, args)
+                self.outdated = False
+                return found
             except BackPressureError as error:
                 busy += 1
                 if not self._retry or busy >= ATTEMPTS_BUSY:
@@ -78,6 +82,7 @@ class ServeCall:
                 dead += 1
                 cause, tries = type(error).__name__, dead
                 if not self._retry or dead >= ATTEMPTS_DEAD:
+                    self.outdated = isinstance(error, WrongVersion)
                     raise MemberUnavailable(self._member, cause) from error
             self._on_retry(self._member, cause)
             await asyncio.sleep(_pause(tries))

@@ -140,6 +140,7 @@ class Gateway:
             self._notebook,
             max_characters=http.max_characters,
             max_batch=http.max_batch,
+            outdated=lambda: any(call.outdated for call in self._calls.values()),
         )
 
     async def _healthz(self) -> tuple[bool, dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -31,6 +31,9 @@ from stitch_ray.reliability.policy import Policy, UnknownTarget
 logger = logging.getLogger("ray.serve")
 
 _BATCH_AT_ONCE = 32
+
+_OF_MEMBERS = ("scorer_unavailable", "route_failed", "deadline")
+"""Reasons of abstentions that a member's going away can have."""
 
 
 class Answers(Protocol):
@@ -74,18 +77,30 @@ class Active:
 
 
 class Service:
-    """`active` is set before the first request, and may be replaced at any time."""
+    """`active` is set before the first request, and may be replaced at any time.
+
+    outdated: whether members have gone over to another version while this service was made for the one before. What
+    fails then says nothing about the question: the client is told to ask again, and not that nobody can tell.
+    """
 
     active: Active
 
     def __init__(
-        self, predictor: Answers, rater: Rater, watcher: Watcher, *, max_characters: int, max_batch: int
+        self,
+        predictor: Answers,
+        rater: Rater,
+        watcher: Watcher,
+        *,
+        max_characters: int,
+        max_batch: int,
+        outdated: Callable[[], bool] = lambda: False,
     ) -> None:
         self.predictor = predictor
         self._rater = rater
         self._watcher = watcher
         self._max_characters = max_characters
         self._max_batch = max_batch
+        self._outdated = outdated
         self._batch_room = asyncio.Semaphore(_BATCH_AT_ONCE)
 
     async def predict(self, body: PredictBody, request_id: str, emit: Emit | None = None) -> dict[str, Any]:
@@ -105,6 +120,8 @@ class Service:
             raise
         except Exception as error:
             raise as_api_error(error, request_id) from error
+        if prediction.reason in _OF_MEMBERS and self._outdated():
+            raise unavailable("the models are being replaced by another version; ask again")
         self._watcher.answered(prediction)
         return as_response(prediction, with_texts=body.include_trace)
 

@@ -99,6 +99,16 @@ def test_calls_are_made_again_a_bounded_number_of_times_and_mistakes_never(
     assert len(handle.asked) == attempts
 
 
+def test_members_that_went_over_to_another_version_are_noticed_and_those_that_died_are_not() -> None:
+    for outcome, outdated in ((wrapped(WrongVersion("other")), True), (ActorDiedError(), False)):
+        call = made(Handle(*[outcome] * ATTEMPTS_DEAD, "answer"))
+        with pytest.raises(MemberUnavailable):
+            asyncio.run(call("answer"))
+        assert call.outdated == outdated
+        assert asyncio.run(call("answer")) == "answer"
+        assert not call.outdated
+
+
 def test_without_fault_tolerance_nothing_is_made_again() -> None:
     handle = Handle(ActorDiedError(), "answer")
     with pytest.raises(MemberUnavailable):

@@ -122,9 +122,11 @@ class Gate:
 
 
 @asynccontextmanager
-async def gate(*, tokens: tuple[str, ...] = (), max_in_flight: int = 8, **frame: Any) -> AsyncIterator[Gate]:
+async def gate(
+    *, tokens: tuple[str, ...] = (), max_in_flight: int = 8, outdated: bool = False, **frame: Any
+) -> AsyncIterator[Gate]:
     predictor, done = Scripted(), []
-    service = Service(predictor, Rater(), Watcher(), max_characters=100, max_batch=3)
+    service = Service(predictor, Rater(), Watcher(), max_characters=100, max_batch=3, outdated=lambda: outdated)
     service.active = Active(POLICY, "nowhere/policy.json", None, Limits(deadline_s=2.0, max_calls=8, max_tokens=100))
 
     async def healthy() -> tuple[bool, dict[str, Any]]:
@@ -167,6 +169,30 @@ def test_an_answer_has_the_documented_fields_and_no_text_that_nobody_checked() -
             assert with_trace.json()["trace"][0] == {**prediction_trace(), "unchecked": True}
 
     run(test)
+
+
+@pytest.mark.parametrize(
+    ("reason", "outdated", "status"),
+    [
+        ("route_failed", True, 503),
+        ("scorer_unavailable", True, 503),
+        ("route_failed", False, 200),
+        ("unsure", True, 200),
+    ],
+)
+def test_while_the_models_are_replaced_what_fails_is_to_be_asked_again_and_is_no_abstention(
+    reason: str, outdated: bool, status: int
+) -> None:
+    async def test() -> None:
+        async with gate(outdated=outdated) as g:
+            withheld = {"answer": None, "confidence": None, "decision": "abstain", "reason": reason}
+            g.predictor.act = lambda question: prediction(question, **withheld)
+            reply = await g.post("/v1/predict", json={"question": "Q?"})
+            assert reply.status_code == status
+            assert ("retry-after" in reply.headers) == (status == 503)
+            assert "answer" not in reply.json() or reply.json()["reason"] == reason
+
+    asyncio.run(test())
 
 
 def prediction_trace() -> dict[str, Any]:
