@@ -16,7 +16,10 @@ class ServedConfig(Strict):
     url: str = Field(
         pattern=r"^https?://", description="where `stitch-ray serve` listens, such as http://127.0.0.1:8000"
     )
-    token_env: str | None = Field(None, description="environment variable with the bearer token; default: none is sent")
+    token_env: str | None = Field(
+        None,
+        description="environment variable with the bearer token, set here and on the cluster's nodes; default: none is sent",
+    )
     max_retries: int = Field(4, ge=0, description="further attempts after 429, 503 or a lost connection")
 
 

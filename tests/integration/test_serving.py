@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,8 +13,11 @@ from typing import Any
 
 import httpx
 import openai
+import pyarrow.parquet as pq
 import pytest
 
+from stitch_ray.api import as_config, run_job
+from stitch_ray.config.predict import PredictConfig
 from stitch_ray.config.serve import ServeConfig
 from stitch_ray.reliability.policy import Policy
 from stitch_ray.reliability.risk import feedback
@@ -24,6 +28,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::pydantic.Pyda
 
 TOKEN = "a-token-that-is-long-enough"
 AUTHORIZED = {"authorization": f"Bearer {TOKEN}"}
+os.environ["TEST_PREDICT_TOKEN"] = TOKEN  # before Ray starts: actors see the environment of their node
 
 
 @dataclass(frozen=True)
@@ -281,3 +286,30 @@ def gateway_replicas() -> set[str]:
     import ray
 
     return {name["name"] for name in ray.util.list_named_actors(all_namespaces=True) if "#Gateway#" in name["name"]}
+
+
+def test_predict_asks_the_served_ensemble_and_a_second_time_nobody(served: Served, tmp_path: Path) -> None:
+    """The answers are those of single requests, with what they cost, and a finished run is not asked again."""
+    kinds = ("draft=0.9", "draft=0.3 final=0.8", "draft=0.3 final=0.4")
+    questions = [f"question {number} {kinds[number % 3]}" for number in range(30)]
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(json.dumps({"question": text, "answer": "draft 0.9"}) + "\n" for text in questions))
+    values = {
+        "data": {"paths": [str(file)]},
+        "target": {"url": served.url, "token_env": "TEST_PREDICT_TOKEN"},
+        "concurrency": 8,
+    }
+    done = run_job("predict", as_config(values, PredictConfig), tmp_path / "run")
+    rows = {row["question"]: row for row in pq.read_table(done.folder / "predictions.parquet").to_pylist()}
+    assert rows.keys() == set(questions)
+    policy = served.client.get("/v1/policy").json()["version"]
+    for text, row in rows.items():
+        single = served.ask(text).json()
+        assert {key: row[key] for key in ("answer", "decision", "reason", "confidence", "calls")} == {
+            key: single[key] for key in ("answer", "decision", "reason", "confidence", "calls")
+        }
+        assert row["policy_version"] == policy
+    before = served.log
+    again = run_job("predict", as_config(values, PredictConfig), tmp_path / "run")
+    assert again.folder == done.folder
+    assert served.log == before

@@ -114,6 +114,8 @@ class Runner:
             cost.update(await self._do(chunk))
         except Exception as error:
             log.exception("chunk %d", chunk)
+            while isinstance(error, ExceptionGroup):  # of the questions that were under way, the first that failed
+                error = error.exceptions[0]
             cost["error"] = f"chunk {chunk}: {str(error) or type(error).__name__}"
         return {**cost, "started": started, "seconds": time.time() - started}
 
