@@ -106,7 +106,8 @@ def _note(found: Rounds, rounds: int, requests: int) -> str:
         f"Scripted members that answer at once, one replica of each and of the gateway; clients on the same machine. "
         f"{rounds} rounds of {requests} requests (c=1) and {2 * requests} (c={MANY}) after one to warm up, the profiles' "
         f"sessions in turn; every response was checked. The hand-written graph makes the same calls one after the other and "
-        f"does nothing else; it runs beside the ensemble and takes turns with it. {'; '.join(verdicts)}."
+        f"does nothing else; it runs beside the ensemble and takes turns with it, so that the throughput sessions carry its five idle replicas "
+        f"and the default ones do not. {'; '.join(verdicts)}."
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -22,6 +23,8 @@ from stitch_ray.engines.base import EngineError
 from stitch_ray.ensemble.budget import DeadlineExceeded
 from stitch_ray.ensemble.types import Emit, Event, Limits, Prediction, Question
 from stitch_ray.reliability.policy import Fingerprints, Policy, Target
+from stitch_ray.reliability.probability import Platt
+from stitch_ray.reliability.stage_scale import StageScale
 
 TOKEN = "a-token-that-is-long-enough"
 SECRET = "nobody checked this"
@@ -193,6 +196,22 @@ def test_while_the_models_are_replaced_what_fails_is_to_be_asked_again_and_is_no
             assert "answer" not in reply.json() or reply.json()["reason"] == reason
 
     asyncio.run(test())
+
+
+def test_a_scored_answer_has_the_confidence_that_the_policy_makes_of_its_score() -> None:
+    async def test() -> None:
+        async with gate() as g:
+            asked = {"question": "Q?", "answer": "Paris"}
+            assert (await g.post("/v1/score", json=asked)).json() == {"confidence": 0.25}
+            scale = StageScale(draft=Platt(1.0, 2.0), refined=Platt(1.0, 0.0))
+            g.service.active = replace(g.service.active, policy=replace(POLICY, scale=scale))
+            found = (await g.post("/v1/score", json=asked)).json()["confidence"]
+            assert found == pytest.approx(1 / (1 + 3 * math.exp(-2.0)))
+            assert (await g.get("/v1/policy")).json()["scale"] == scale.to_dict()
+            unscored = await g.post("/v1/score", json={**asked, "answer": "?"})
+            assert unscored.json() == {"confidence": None}
+
+    run(test)
 
 
 def prediction_trace() -> dict[str, Any]:
