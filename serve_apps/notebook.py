@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
 from typing import Any
 
 from serve_apps.calls import ServeCall
 from serve_apps.meters import GatewayMeters
+from serve_apps.recorder import SETTLES_S
 from serve_apps.web.bodies import FeedbackBody
 from serve_apps.web.errors import ApiError, unavailable
 from serve_apps.web.service import Active
@@ -22,6 +24,7 @@ EVERY_S = 0.2
 _MOST_UNSENT = 10_000
 _LARGEST_MESSAGE = 500
 _LOOKS = 3
+_PATIENCE_S = SETTLES_S + 1.0
 
 
 class Notebook:
@@ -60,13 +63,23 @@ class Notebook:
             self._dropped += 1
 
     async def labelled(self, label: FeedbackBody) -> dict[str, Any]:
-        """Raises ApiError 404, 409 or 503. An answer of another gateway may still be on its way: asked for some times."""
+        """Raises ApiError 404, 409 or 503.
+
+        An answer of another gateway may still be on its way: asked for some times, and for longer while the recorder has
+        only just come back, since then gateways have answers waiting.
+        """
         await self.send()
-        for _ in range(_LOOKS):
+        looks, ends = 0, time.monotonic() + _PATIENCE_S
+        while True:
             found = await self._label(label)
-            if found["status"] != "unknown":
+            looks += 1
+            unknown = found["status"] == "unknown" and looks < _LOOKS
+            not_told_yet = found["status"] == "not_told_yet" and time.monotonic() < ends
+            if not unknown and not not_told_yet:
                 break
             await asyncio.sleep(2 * EVERY_S)
+        if found["status"] == "not_told_yet":
+            raise unavailable(f"{found['message']}, but the recorder has only just started again")
         if found["status"] == "unknown":
             raise ApiError(404, "not_found", found["message"])
         if found["status"] == "conflict":

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from stitch_ray.ensemble.serving.drift import DriftWatch
 logger = logging.getLogger("ray.serve")
 
 ANSWERS, FEEDBACK, ABSTAINED = "answers.jsonl", "feedback.jsonl", "abstained.jsonl"
+SETTLES_S = 10.0
+"""A replica that took up another's files may have to wait so long for what gateways could not tell in the meantime."""
 
 
 @serve.deployment
@@ -38,9 +41,12 @@ class Recorder:
         self._drift: DriftWatch | None = None
         self._writing = asyncio.Lock()
         self._meters = meters.RecorderMeters()
+        self._settled_at = 0.0
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._restore(self._folder)
+            if len(self._book):
+                self._settled_at = time.monotonic() + SETTLES_S
 
     async def call(self, version: str | None, method: str, args: Sequence[Any]) -> Any:
         """`record` or `label`, as members of an ensemble are called; there are no versions of a recorder."""
@@ -69,11 +75,12 @@ class Recorder:
                 await asyncio.to_thread(self._write, entries, abstained)
 
     async def label(self, answer_id: str, correct: bool) -> dict[str, Any]:
-        """{status: recorded | unknown | conflict, message?}."""
+        """{status: recorded | unknown | not_told_yet | conflict, message?}. not_told_yet: unknown, soon after a restart."""
         try:
             row = self._book.label(answer_id, correct)
         except UnknownAnswer as error:
-            return {"status": "unknown", "message": str(error)}
+            settled = time.monotonic() >= self._settled_at
+            return {"status": "unknown" if settled else "not_told_yet", "message": str(error)}
         except LabelledOtherwise as error:
             return {"status": "conflict", "message": str(error)}
         if row is not None:

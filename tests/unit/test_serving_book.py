@@ -5,15 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from scipy.stats import ks_2samp
 
 from serve_apps.agents import merge
+from serve_apps.calls import ServeCall
+from serve_apps.meters import GatewayMeters
+from serve_apps.notebook import Notebook
 from serve_apps.recorder import Recorder
 from serve_apps.tokens import digests, page_token, read_tokens
+from serve_apps.web.bodies import FeedbackBody
+from serve_apps.web.errors import ApiError
 from serve_apps.web.guard import accepted
 from stitch_ray.config.serve import HttpConfig
 from stitch_ray.ensemble.serving.book import Book, Entry, LabelledOtherwise, UnknownAnswer
@@ -168,3 +173,45 @@ def test_half_a_line_of_a_recorder_that_was_killed_spoils_no_later_one(tmp_path:
 
     asyncio.run(record())
     assert asyncio.run(recorder().label("next", True)) == {"status": "recorded"}
+
+
+def test_a_recorder_that_came_back_waits_for_what_gateways_could_not_tell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve_apps.recorder.SETTLES_S", 1.5)
+    monkeypatch.setattr("serve_apps.notebook.EVERY_S", 0.02)
+    policy = {"version": POLICY.version, "path": str(tmp_path / "policy.json")}
+
+    def recorder() -> Any:
+        return Recorder.func_or_class(str(tmp_path), 100)  # type: ignore[attr-defined]
+
+    def row(name: str) -> dict[str, Any]:
+        return {"entry": entry(name).to_dict(), "draft_confidence": None}
+
+    async def status(notebook: Notebook, name: str) -> int:
+        try:
+            await notebook.labelled(FeedbackBody(id=name, correct=True))
+        except ApiError as error:
+            return error.status
+        return 200
+
+    async def scene() -> None:
+        first = recorder()
+        assert (await first.label("nobody", True))["status"] == "unknown", "there was nothing before to wait for"
+        await first.record(policy, [row("told")])
+        second = recorder()
+
+        async def call(method: str, *args: Any) -> Any:
+            return await second.call(None, method, args)
+
+        notebook = Notebook(cast(ServeCall, call), cast(GatewayMeters, None), review_texts=False)
+        assert await status(notebook, "told") == 200
+        late = asyncio.create_task(status(notebook, "late"))
+        await asyncio.sleep(0.5)  # many times the three looks that an unknown id is worth otherwise
+        assert not late.done()
+        await second.record(policy, [row("late")])
+        assert await late == 200
+        assert await status(notebook, "nobody") == 404
+        assert (await second.label("nobody", True))["status"] == "unknown", "by now every gateway has told"
+
+    asyncio.run(scene())
