@@ -28,6 +28,7 @@ _AREAS = {
     "calibrate": "reliability.risk",
     "predict": "ensemble.batch",
     "serve": "ensemble.serving",
+    "exar-merge": "exclusion.merging",
 }
 """Job -> the package with its `preflight.check`, `estimate.describe`, `pipeline.check_cluster` and `pipeline.run` (`serve`
 has no run folder and no pipeline: serve_apps deploys it)."""

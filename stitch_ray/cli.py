@@ -13,6 +13,7 @@ from jobs.ask import ask
 from jobs.calibrate import calibrate
 from jobs.demo import demo
 from jobs.doctor import doctor
+from jobs.exar import exar
 from jobs.finetune import finetune
 from jobs.merge import merge
 from jobs.predict import predict
@@ -56,6 +57,7 @@ _JOBS = (
 )
 for command in _JOBS:
     app.command(name=command.__name__.replace("_", "-"))(command)
+app.add_typer(exar)
 
 
 @app.command()

@@ -26,6 +26,8 @@ class Example:
 
     `raw` is the input record as JSON text, kept so that a selected record is written out unchanged.
     `line` counts from 1: the line in a JSONL file, the position of the record in JSON, Parquet and datasets.
+    `excluded`: answers known to be wrong; `verdict`: whether the last answer is CORRECT or WRONG, where that is told;
+    `weight`: of the verdict's loss in training.
     """
 
     messages: tuple[Turn, ...]
@@ -34,19 +36,25 @@ class Example:
     raw: str
     context: str | None = None
     references: tuple[str, ...] = ()
+    excluded: tuple[str, ...] = ()
+    verdict: str | None = None
+    weight: float = 1.0
     task: str | None = None
     own_id: str | None = None
 
     @property
     def content_id(self) -> str:
-        """First 16 hex digits of the SHA-256 of what a model gets to see: messages, context and references."""
-        return content_hash(
-            {
-                "messages": [[turn.role, turn.content] for turn in self.messages],
-                "context": self.context,
-                "references": list(self.references),
-            }
-        )
+        """First 16 hex digits of the SHA-256 of what a model gets to see: messages, context, references and the like."""
+        content: dict[str, Any] = {
+            "messages": [[turn.role, turn.content] for turn in self.messages],
+            "context": self.context,
+            "references": list(self.references),
+        }
+        if self.excluded:
+            content["excluded"] = list(self.excluded)
+        if self.verdict:
+            content["verdict"] = [self.verdict, self.weight]
+        return content_hash(content)
 
     @property
     def group_id(self) -> str:
@@ -66,6 +74,9 @@ CORPUS_SCHEMA = pa.schema(
         ("messages", MESSAGES_TYPE),
         ("context", pa.string()),
         ("references", pa.list_(pa.string())),
+        ("excluded", pa.list_(pa.string())),
+        ("verdict", pa.string()),
+        ("weight", pa.float64()),
         ("source", pa.string()),
         ("line", pa.int64()),
         ("raw", pa.string()),

@@ -66,7 +66,7 @@ def submit(
     """
     folder = os.path.abspath(out if out is not None else Path("runs") / f"{job}-{work_hash[:8]}")
     submission_id = f"{job}-{work_hash[:8]}-{hashlib.sha256(folder.encode()).hexdigest()[:8]}"
-    entrypoint = ["python", "-m", f"jobs.{job.replace('-', '_')}", "config.yaml", "--out", folder]
+    entrypoint = ["python", "-m", *_command(job), "config.yaml", "--out", folder]
     for override in overrides:
         entrypoint += ["--set", override]
     if overwrite:
@@ -93,6 +93,12 @@ def submit(
             follow=follow,
             echo=echo,
         )
+
+
+def _command(job: str) -> list[str]:
+    """Module and, of a group of jobs, the one that is meant: `exar-merge` is `jobs.exar merge`."""
+    group, _, member = job.partition("-")
+    return [f"jobs.{group}", member] if group == "exar" else [f"jobs.{job.replace('-', '_')}"]
 
 
 def _submit_entrypoint(

@@ -2,6 +2,7 @@
 
 from stitch_ray.config.base import Strict
 from stitch_ray.config.calibrate import CalibrateConfig
+from stitch_ray.config.exar import ExarMergeConfig
 from stitch_ray.config.finetune import FinetuneConfig
 from stitch_ray.config.loading import load_config, parse_overrides
 from stitch_ray.config.predict import PredictConfig
@@ -18,12 +19,14 @@ CONFIGS: dict[str, type[Strict]] = {
     "calibrate": CalibrateConfig,
     "predict": PredictConfig,
     "serve": ServeConfig,
+    "exar-merge": ExarMergeConfig,
 }
 """Job name -> its configuration."""
 
 __all__ = [
     "CONFIGS",
     "CalibrateConfig",
+    "ExarMergeConfig",
     "FinetuneConfig",
     "PredictConfig",
     "SampleAnswersConfig",

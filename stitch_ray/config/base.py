@@ -24,6 +24,7 @@ class DataConfig(Strict):
 
     paths: list[str] = Field(min_length=1, description="files, globs, folders, `datasets` folders or hf://owner/name")
     format: str = Field("auto", description="name of a record format, or auto: detected for every record")
+    fields: dict[str, str] = Field({}, description="field of a format -> column that holds it (answer: answer_text)")
     max_bad_fraction: float = Field(0.5, ge=0, le=1, description="more unusable rows than this is an error")
     max_characters: int = Field(1_000_000, ge=1, description="a longer text field sends its row to quarantine")
     limit: int | None = Field(None, ge=1, description="read only the first N rows")

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from stitch_ray.config.base import Name, Strict
+from stitch_ray.config.base import DataConfig, Name, Strict
 
 LossMode = Literal["token_mean", "sample_mean", "task_token_mean", "task_sample_mean", "coba"]
 
@@ -34,9 +34,14 @@ class TaskConfig(Strict):
         min_length=1, description="files, globs, folders, `datasets` folders or hf://owner/name"
     )
     format: str = Field("auto", description="name of a record format, or auto: detected for every record")
+    fields: dict[str, str] = Field({}, description="field of a format -> column that holds it (answer: answer_text)")
     weight: float = Field(1.0, gt=0, description="weight of the task's loss, in the losses that balance tasks")
     objective: str | None = Field(None, description="what is rendered and which tokens carry loss; default: the job's")
     template: str = Field("chat", description="chat: the model's own template; raw: no markers; or a Jinja file")
+
+    def reading(self, limit: int | None) -> DataConfig:
+        """How the task's files are read."""
+        return DataConfig(paths=self.data, format=self.format, fields=self.fields, limit=limit)  # type: ignore[call-arg]
 
 
 class AdapterConfig(Strict):

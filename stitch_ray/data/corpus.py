@@ -53,16 +53,19 @@ class Corpus:
 
 
 def read_source(
-    source: str, *, format: str, max_characters: int, limit: int | None = None
+    source: str, config: DataConfig, limit: int | None = None
 ) -> Iterator[tuple[list[Example], list[Quarantined]]]:
-    """Blocks of at most 1,024 rows of one source, converted; what cannot be used comes with its reason."""
+    """Blocks of at most 1,024 rows of one source, converted; what cannot be used comes with its reason.
+
+    `limit`: read only so many of its rows; that of `config` is over all sources.
+    """
     good: list[Example] = []
     bad: list[Quarantined] = []
     for count, row in enumerate(readers.iter_rows(source)):
         if limit is not None and count >= limit:
             break
         try:
-            good.append(formats.convert(row, format, max_characters=max_characters))
+            good.append(formats.convert(row, config.format, config.max_characters, config.fields))
         except BadRow as error:
             bad.append(Quarantined.of(row.source, row.line, str(error), row.raw))
         if len(good) + len(bad) >= _ROWS_A_BLOCK:
@@ -124,6 +127,12 @@ def inputs_hash(sources: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()[:16]
 
 
+def data_work(config: DataConfig, sources: Sequence[str]) -> dict[str, Any]:
+    """What the examples of a run depend on, for its manifest's `work`."""
+    work = config.model_dump(mode="json", include={"format", "max_characters", "limit"})
+    return {"inputs": inputs_hash(sources), **work, **({"fields": config.fields} if config.fields else {})}
+
+
 def example_ids(corpus: Corpus) -> list[str]:
     """An id for every row, in corpus order: the row's own id where it is unique, else its content id.
 
@@ -173,8 +182,7 @@ def _run(folder: Path, config: DataConfig, sources: Sequence[str]) -> None:
         count, left = 0, config.limit
         bad: list[Quarantined] = []
         for source in batch["sources"][0]:
-            blocks = read_source(source, format=config.format, max_characters=config.max_characters, limit=left)
-            for good, rejected in blocks:
+            for good, rejected in read_source(source, config, left):
                 count += len(good) + len(rejected)
                 left = None if left is None else left - len(good) - len(rejected)
                 bad += rejected
@@ -224,6 +232,9 @@ def _table(examples: Sequence[Example]) -> pa.Table:
             "messages": [{"role": turn.role, "content": turn.content} for turn in example.messages],
             "context": example.context,
             "references": list(example.references),
+            "excluded": list(example.excluded),
+            "verdict": example.verdict,
+            "weight": example.weight,
             "source": example.source,
             "line": example.line,
             "raw": example.raw,

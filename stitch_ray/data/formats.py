@@ -1,10 +1,11 @@
-"""Input records to `Example`: the seven shapes of instruction data, and what is wrong with a record that fits none.
+"""Input records to `Example`: the eight shapes of instruction data, and what is wrong with a record that fits none.
 
 Text is kept exactly as it stands; "empty" means nothing but white space.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ _SIGNATURES: tuple[tuple[str, frozenset[str]], ...] = (
     ("dolly", frozenset({"instruction", "response"})),
     ("prompt_completion", frozenset({"prompt", "completion"})),
     ("prompt_completion", frozenset({"prompt", "response"})),
+    ("judged_answer", frozenset({"question", "answer", "verdict"})),
     ("question_answer", frozenset({"question", "answer"})),
     ("chatml", frozenset({"chatml"})),
     ("chatml", frozenset({"text"})),
@@ -50,16 +52,22 @@ _SIGNATURES: tuple[tuple[str, frozenset[str]], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Parsed:
-    """What a format makes of a record. `references[0]`, where there are any, is the response."""
+    """What a format makes of a record; see `Example`. `references[0]`, where there are any, is the response."""
 
     messages: tuple[Turn, ...]
     context: str | None = None
     references: tuple[str, ...] = ()
+    excluded: tuple[str, ...] = ()
+    verdict: str | None = None
+    weight: float = 1.0
 
 
-def convert(row: SourceRow, format: str = "auto", max_characters: int = MAX_CHARACTERS) -> Example:
+def convert(
+    row: SourceRow, format: str = "auto", max_characters: int = MAX_CHARACTERS, fields: Mapping[str, str] = {}
+) -> Example:
     """The example that `row` holds; "auto" tells the format by the fields of each record.
 
+    `fields`: field of a format -> the column that holds it in these records, where it has another name there.
     `max_characters` bounds messages, context and the references after the first together.
     Raises `BadRow` with the reason when the row cannot be used, `UserError` when there is no such format.
     """
@@ -67,10 +75,9 @@ def convert(row: SourceRow, format: str = "auto", max_characters: int = MAX_CHAR
         raise UserError(f"unknown format '{format}'; write one of: auto, {', '.join(FORMATS)}")
     if row.record is None:
         raise BadRow(row.error or "row could not be read")
-    if format == BARE:
-        parsed = _question(row.record)
-    else:
-        parsed = FORMATS[_guess(row.record) if format == "auto" else format](row.record)
+    record = _renamed(row.record, fields) if fields else row.record
+    parse = _question if format == BARE else FORMATS[_guess(record) if format == "auto" else format]
+    parsed = parse(record)
     texts = [turn.content for turn in parsed.messages] + [parsed.context or "", *parsed.references[1:]]
     if (length := sum(map(len, texts))) > max_characters:
         raise BadRow(f"example is {length:,} characters long, more than the {max_characters:,} allowed")
@@ -78,8 +85,11 @@ def convert(row: SourceRow, format: str = "auto", max_characters: int = MAX_CHAR
         messages=parsed.messages,
         context=parsed.context,
         references=parsed.references,
-        task=_label(row.record, ("task", "category", "dataset"), (str,)),
-        own_id=_label(row.record, ("id", "example_id", "uid"), (str, int)),
+        excluded=parsed.excluded,
+        verdict=parsed.verdict,
+        weight=parsed.weight,
+        task=_label(record, ("task", "category", "dataset"), (str,)),
+        own_id=_label(record, ("id", "example_id", "uid"), (str, int)),
         source=row.source,
         line=row.line,
         raw=row.raw,
@@ -128,15 +138,29 @@ def _prompt_completion(record: Record) -> Parsed:
 
 def _question_answer(record: Record) -> Parsed:
     answer = record.get("answer")
+    excluded = _texts(record, "excluded")
     if not isinstance(answer, list):
         messages = _pair(record, "question", "answer")
-        return Parsed(messages, _optional(record, "context"), (messages[1].content,))
+        return Parsed(messages, _optional(record, "context"), (messages[1].content,), excluded)
     if not answer:
         raise BadRow("empty response: field 'answer' is an empty list")
     numbered = {f"answer {number}": text for number, text in enumerate(answer, start=1)}
     answers = tuple(_filled(numbered, name, "response") for name in numbered)
     question = Turn("user", _filled(record, "question", "instruction"))
-    return Parsed((question, Turn("assistant", answers[0])), _optional(record, "context"), answers)
+    return Parsed((question, Turn("assistant", answers[0])), _optional(record, "context"), answers, excluded)
+
+
+def _judged_answer(record: Record) -> Parsed:
+    """An answer, right or not, what somebody says of it, CORRECT or WRONG, and its weight in training (default 1)."""
+    verdict = record.get("verdict")
+    if verdict not in ("CORRECT", "WRONG"):
+        raise BadRow(f"field 'verdict' is {verdict!r}, expected CORRECT or WRONG")
+    weight = record.get("weight")
+    if weight is None:
+        weight = 1.0
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+        raise BadRow(f"field 'weight' is {weight!r}, expected a number above 0")
+    return Parsed(_pair(record, "question", "answer"), _optional(record, "context"), verdict=verdict, weight=weight)
 
 
 def _question(record: Record) -> Parsed:
@@ -201,12 +225,32 @@ FORMATS: Mapping[str, Callable[[Record], Parsed]] = {
     "dolly": lambda record: Parsed(_pair(record, "instruction", "response"), _optional(record, "context")),
     "prompt_completion": _prompt_completion,
     "question_answer": _question_answer,
+    "judged_answer": _judged_answer,
 }
+
+
+def _renamed(record: Record, fields: Mapping[str, str]) -> Record:
+    """The record under the names of a format."""
+    missing = next((column for column in fields.values() if column not in record), None)
+    if missing is not None:
+        raise BadRow(f"missing column {missing!r}; there are {', '.join(sorted(record)) or '(none)'}")
+    others = {name: value for name, value in record.items() if name not in fields.values()}
+    return {**others, **{field: record[column] for field, column in fields.items()}}
 
 
 def _pair(record: Record, instruction: str, response: str) -> tuple[Turn, Turn]:
     user = Turn("user", _filled(record, instruction, "instruction"))
     return user, Turn("assistant", _filled(record, response, "response"))
+
+
+def _texts(record: Record, field: str) -> tuple[str, ...]:
+    """A list of texts; none if the field is not there."""
+    values = record.get(field)
+    if values is None:
+        return ()
+    if not isinstance(values, list):
+        raise BadRow(f"field '{field}' is {_type_name(values)}, expected list")
+    return tuple(_text(value, f"field '{field}' item {number}") for number, value in enumerate(values, start=1))
 
 
 def _conversation(turns: Sequence[Turn]) -> tuple[Turn, ...]:

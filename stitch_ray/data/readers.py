@@ -1,4 +1,4 @@
-"""Input files as a stream of rows: JSON, JSON lines (plain, .gz, .zst), Parquet, `datasets` folders and the Hub.
+"""Input files as a stream of rows: JSON, JSON lines (plain, .gz, .zst), Parquet, Excel, `datasets` folders, the Hub.
 
 Nothing here knows what a record means (see `formats`). A row that cannot be read becomes a `SourceRow` with an error;
 a file that cannot be read past some point is a `UserError`.
@@ -22,10 +22,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stitch_ray.data.json_stream import JsonText, is_utf8_text
+from stitch_ray.data.workbook import sheet_rows
 from stitch_ray.errors import UserError
 
 _COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
-_READABLE = "readable are .json, .jsonl and .ndjson (also with .gz or .zst), .parquet and `datasets` folders"
+_READABLE = "readable are .json, .jsonl and .ndjson (also with .gz or .zst), .parquet, .xlsx and `datasets` folders"
 _HUB = re.compile(r"hf://([\w.-]+/[\w.-]+)(?::([^:/]+))?")
 _CHUNK = 1 << 20
 _PARQUET_BATCH = 256
@@ -101,8 +102,16 @@ def _kind(path: str) -> Callable[[str], Iterator[SourceRow]] | None:
         return _dataset_rows if _is_dataset(path) else None
     stem, ending = os.path.splitext(path.lower())
     if ending in _COMPRESSION:
-        ending = os.path.splitext(stem)[1].replace(".parquet", "")
-    readers = {".json": _json_rows, ".jsonl": _line_rows, ".ndjson": _line_rows, ".parquet": _parquet_rows}
+        ending = os.path.splitext(stem)[1]
+        if ending in (".parquet", ".xlsx"):  # both are compressed inside
+            return None
+    readers = {
+        ".json": _json_rows,
+        ".jsonl": _line_rows,
+        ".ndjson": _line_rows,
+        ".parquet": _parquet_rows,
+        ".xlsx": _workbook_rows,
+    }
     return readers.get(ending)
 
 
@@ -170,6 +179,8 @@ def _counted(records: Callable[[str], Iterable[object]]) -> Callable[[str], Iter
         try:
             for line, record in enumerate(records(source), start=1):
                 yield _dumped_row(source, line, record)
+        except UserError:
+            raise
         # Arrow, datasets and the network raise errors of many unrelated types.
         except Exception as error:
             raise UserError(f"{source}: cannot be read past record {line}: {type(error).__name__}: {error}") from error
@@ -182,6 +193,11 @@ def _parquet_rows(source: str) -> Iterator[object]:
     with pq.ParquetFile(source) as file:
         for batch in file.iter_batches(batch_size=_PARQUET_BATCH):
             yield from batch.to_pylist()
+
+
+@_counted
+def _workbook_rows(source: str) -> Iterator[object]:
+    return (row.record for row in sheet_rows(source))
 
 
 @_counted

@@ -47,7 +47,7 @@ def estimate(ready: Ready) -> Estimate:
     sample: list[Content] = []
     left = data.limit
     for source in ready.sources:
-        for good, bad in read_source(source, format=data.format, max_characters=data.max_characters, limit=left):
+        for good, bad in read_source(source, data, left):
             rows += len(good) + len(bad)
             left = None if left is None else left - len(good) - len(bad)
             unusable += len(bad)

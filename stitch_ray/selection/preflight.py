@@ -10,7 +10,7 @@ from typing import Any
 from stitch_ray.config.base import ModelConfig
 from stitch_ray.config.select import SelectConfig
 from stitch_ray.data import formats, readers
-from stitch_ray.data.corpus import inputs_hash
+from stitch_ray.data.corpus import data_work
 from stitch_ray.engines.fingerprint import model_fingerprint, model_folder, num_parameters
 from stitch_ray.engines.pretrained import context_length, load_model_config, load_tokenizer, tokenizer_hash
 from stitch_ray.errors import UserError
@@ -106,14 +106,8 @@ def _check_encoder(path: str) -> None:
 
 
 def _work(config: SelectConfig, sources: Sequence[str], models: Sequence[ReadyModel]) -> dict[str, Any]:
-    data = config.data
     return {
-        "data": {
-            "inputs": inputs_hash(sources),
-            "format": data.format,
-            "max_characters": data.max_characters,
-            "limit": data.limit,
-        },
+        "data": data_work(config.data, sources),
         "rating": {"layout": config.rating.layout, "num_ratings": config.rating.num_ratings},
         "models": {
             model.config.name: {

@@ -16,7 +16,6 @@ from stitch_ray.training.objectives import objective
 from stitch_ray.training.preflight import Ready
 
 _SAMPLE = 256
-_MAX_CHARACTERS = 1_000_000
 
 
 def describe(ready: Ready) -> str:
@@ -51,7 +50,7 @@ def _read(task: TaskConfig, sources: tuple[str, ...], limit: int | None) -> tupl
     sample: list[Example] = []
     for source in sources:
         left = None if limit is None else limit - rows
-        for good, bad in read_source(source, format=task.format, max_characters=_MAX_CHARACTERS, limit=left):
+        for good, bad in read_source(source, task.reading(left), left):
             rows += len(good) + len(bad)
             unusable += len(bad)
             sample += good[: _SAMPLE - len(sample)]

@@ -125,4 +125,6 @@ def _work(
 
 
 def _task_work(config: FinetuneConfig, task: TaskConfig) -> dict[str, Any]:
-    return {"format": task.format, "weight": task.weight, "objective": task.objective or config.objective}
+    fields = {"fields": task.fields} if task.fields else {}
+    objective = task.objective or config.objective
+    return {"format": task.format, **fields, "weight": task.weight, "objective": objective}

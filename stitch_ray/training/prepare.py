@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from stitch_ray.config.base import DataConfig
 from stitch_ray.config.finetune import FinetuneConfig, TaskConfig
 from stitch_ray.data import readers
 from stitch_ray.data.corpus import Corpus, example_ids, load_corpus, messages_of, read_corpus, user_error
@@ -221,8 +220,7 @@ def _corpus_folder(folder: Path, number: int, task: TaskConfig) -> Path:
 
 def _read(folder: Path, job: _Job) -> Corpus:
     sources = readers.expand(job.task.data)
-    data = DataConfig(paths=job.task.data, format=job.task.format, limit=job.config.limit)  # type: ignore[call-arg]
-    corpus = read_corpus(folder, data, sources)
+    corpus = read_corpus(folder, job.task.reading(job.config.limit), sources)
     if not corpus.num_rows:
         raise UserError(f"no usable row in {', '.join(sources)}{_first(corpus.quarantined)}")
     return corpus
@@ -310,8 +308,9 @@ def _encode_row(row: dict[str, Any], job: _Job, template: ChatTemplate) -> tuple
 
 
 def _example(row: dict[str, Any]) -> Example:
-    values = {key: row[key] for key in ("context", "task", "own_id", "source", "line", "raw")}
-    return Example(messages=messages_of(row), references=tuple(row["references"]), **values)
+    values = {key: row[key] for key in ("context", "verdict", "weight", "task", "own_id", "source", "line", "raw")}
+    references, excluded = tuple(row["references"]), tuple(row["excluded"])
+    return Example(messages=messages_of(row), references=references, excluded=excluded, **values)
 
 
 def _count(counts: TaskCounts, split: Split, found: Sequence[Encoded]) -> None:

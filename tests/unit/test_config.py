@@ -341,6 +341,7 @@ def test_the_json_schema_is_valid_refuses_unknown_keys_and_takes_the_smallest_co
             "scorer": "runs/scorer",
             "policy": "runs/policy",
         },
+        "exar-merge": {"answers": ["runs/labelled"]},
     }[job]
     assert checker(schema).is_valid(smallest)
     assert not checker(schema).is_valid({**smallest, "ratings": {}})

@@ -20,6 +20,7 @@ GOOD = {
     "dolly": {"instruction": QUESTION, "context": "", "response": ANSWER},
     "prompt_completion": {"prompt": QUESTION, "completion": ANSWER},
     "question_answer": {"question": QUESTION, "answer": ANSWER},
+    "judged_answer": {"question": QUESTION, "answer": ANSWER, "verdict": "WRONG"},
     "sharegpt": {
         "conversations": [
             {"from": "system", "value": ""},

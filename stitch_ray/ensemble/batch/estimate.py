@@ -56,7 +56,7 @@ def _read(ready: Ready) -> tuple[int, int, Counter[str]]:
     seen = set()
     for source in ready.sources:
         left = None if data.limit is None else data.limit - rows
-        for good, bad in read_source(source, format=data.format, max_characters=data.max_characters, limit=left):
+        for good, bad in read_source(source, data, left):
             rows += len(good) + len(bad)
             unusable += len(bad)
             for example in good:

@@ -11,7 +11,7 @@ from stitch_ray.config.base import ModelConfig
 from stitch_ray.config.ensemble import EnsembleConfig
 from stitch_ray.config.predict import PredictConfig, ServedConfig
 from stitch_ray.data import formats, readers
-from stitch_ray.data.corpus import inputs_hash
+from stitch_ray.data.corpus import data_work
 from stitch_ray.engines.endpoint import check_endpoint, endpoint_fingerprint
 from stitch_ray.engines.fingerprint import model_fingerprint, model_folder
 from stitch_ray.ensemble.checking import check_ensemble
@@ -166,13 +166,9 @@ def _auxiliaries(ensemble: EnsembleConfig) -> list[tuple[str, Any]]:
 
 
 def _data(config: PredictConfig, sources: Sequence[str]) -> dict[str, Any]:
-    data = config.data
     return {
         "data": {
-            "inputs": inputs_hash(sources),
-            "format": data.format,
-            "max_characters": data.max_characters,
-            "limit": data.limit,
+            **data_work(config.data, sources),
             "splits": list(config.splits),
             "split": config.split.model_dump(mode="json"),
         },

@@ -62,7 +62,7 @@ def _read(ready: Ready) -> Found:
     template = ready.prompter.chat_template() if ready.prompter else None
     for source in ready.sources:
         left = None if data.limit is None else data.limit - found.rows
-        for good, bad in read_source(source, format=data.format, max_characters=data.max_characters, limit=left):
+        for good, bad in read_source(source, data, left):
             found.rows += len(good) + len(bad)
             found.unusable += len(bad)
             for example in good:

@@ -11,7 +11,7 @@ from stitch_ray.config.base import ModelConfig
 from stitch_ray.config.reliability import EndpointConfig
 from stitch_ray.config.sample_answers import SampleAnswersConfig
 from stitch_ray.data import formats, readers
-from stitch_ray.data.corpus import inputs_hash
+from stitch_ray.data.corpus import data_work
 from stitch_ray.engines.fingerprint import model_fingerprint, model_folder
 from stitch_ray.engines.pretrained import context_length, load_model_config, load_tokenizer, tokenizer_hash
 from stitch_ray.errors import UserError
@@ -158,14 +158,9 @@ def _check_model(model: ModelConfig, config: SampleAnswersConfig) -> tuple[Promp
 
 
 def _work(config: SampleAnswersConfig, sources: Sequence[str]) -> dict[str, Any]:
-    data, distractors = config.data, config.distractors
+    distractors = config.distractors
     work: dict[str, Any] = {
-        "data": {
-            "inputs": inputs_hash(sources),
-            "format": data.format,
-            "max_characters": data.max_characters,
-            "limit": data.limit,
-        },
+        "data": data_work(config.data, sources),
         "samples": config.samples.model_dump(mode="json"),
         "seed": config.seed,
         "distractors": None,

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 
 from stitch_ray.errors import UserError
 from stitch_ray.training.objectives.base import Head, Objective, Rendered, Span
+from stitch_ray.training.objectives.exar import Exar
 from stitch_ray.training.objectives.sft import SFT
+from stitch_ray.training.objectives.validator import Validator
 
-__all__ = ["OBJECTIVES", "Head", "Objective", "Rendered", "SFT", "Span", "objective"]
+__all__ = ["OBJECTIVES", "Exar", "Head", "Objective", "Rendered", "SFT", "Span", "Validator", "objective"]
 
-OBJECTIVES: Mapping[str, Objective] = {known.name: known for known in (SFT(),)}
+OBJECTIVES: Mapping[str, Objective] = {known.name: known for known in (SFT(), Exar(), Validator())}
 
 
 def objective(name: str) -> Objective:

@@ -1,0 +1,1 @@
+"""`exar merge`: labelled answers of several temperatures become DATASET+."""
