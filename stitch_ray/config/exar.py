@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from stitch_ray.config.base import Strict
+from stitch_ray.config.base import DataConfig, ModelConfig, Strict
 
 
 class ExarSplitConfig(Strict):
@@ -34,3 +34,97 @@ class ExarMergeConfig(Strict):
     gold: bool = Field(False, description="the gold answers as CORRECT rows to learn from, beside the model's own")
     split: ExarSplitConfig = Field(ExarSplitConfig(), description="what is held out")  # type: ignore[call-arg]
     seed: int = Field(0, ge=0, description="of downsampling")
+
+
+class ExarAdaptersConfig(Strict):
+    """LoRA adapters of the model: one answers, one judges."""
+
+    answer: str | None = Field(None, description="adapter that answers; default: the model alone")
+    validator: str | None = Field(None, description="adapter that judges; default: the model alone")
+    combine: Literal["switch", "cat"] = Field(
+        "switch", description="switch: each in its place; cat: both concatenated to one adapter with both tasks"
+    )
+    weights: tuple[float, float] = Field((1.0, 1.0), description="cat: of answer and validator")
+
+    @model_validator(mode="after")
+    def _both(self) -> ExarAdaptersConfig:
+        if self.combine == "cat" and not (self.answer and self.validator):
+            raise ValueError("combine: cat needs both adapters, answer and validator")
+        if self.combine == "switch" and self.weights != (1.0, 1.0):
+            raise ValueError("weights have no effect with combine: switch")
+        return self
+
+
+class ExarValidatorConfig(Strict):
+    """Who says whether an answer is right. The last two are controls: they tell what a validator is worth."""
+
+    kind: Literal["model", "scorer", "oracle", "random"] = Field(
+        "model", description="P(CORRECT) of a model, a run of train-scorer, the gold answers, or chance"
+    )
+    model: ModelConfig | None = Field(None, description="kind: model; another model; default: the one that answers")
+    scorer: str | None = Field(None, description="kind: scorer; run folder of train-scorer that needs no signals")
+    threshold: float = Field(0.5, ge=0, le=1, description="an answer is accepted from this P(CORRECT) on")
+    accept: float = Field(0.5, ge=0, le=1, description="kind: random; share of answers that is accepted")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ExarValidatorConfig:
+        if self.model is not None and self.kind != "model":
+            raise ValueError(f"validator.model has no effect with kind: {self.kind}")
+        if (self.kind == "scorer") != (self.scorer is not None):
+            raise ValueError("validator.kind: scorer and validator.scorer go together")
+        if self.accept != 0.5 and self.kind != "random":
+            raise ValueError(f"validator.accept has no effect with kind: {self.kind}")
+        return self
+
+
+class AttemptsConfig(Strict):
+    """Generate, validate, exclude, generate again."""
+
+    max_attempts: int = Field(6, ge=1, le=64, description="answers to one question")
+    temperatures: list[Annotated[float, Field(ge=0)]] = Field(
+        [0.0, 0.2, 0.3, 0.4, 0.5, 0.6], min_length=1, description="of the attempts; the last one goes on"
+    )
+    top_p: float = Field(1.0, gt=0, le=1, description="of attempts above temperature 0")
+    max_tokens: int = Field(64, ge=1, description="longest answer")
+    stop: list[str] = Field([], description="strings an answer ends before")
+    exclude: Literal["all", "last", "none"] = Field(
+        "all", description="which of the answers that were turned down the prompt excludes; last: as published"
+    )
+    last: Literal["validate", "accept"] = Field(
+        "validate", description="the last attempt: judged like any other, or given unjudged (as published)"
+    )
+    on_cycle: Literal["retry", "stop"] = Field(
+        "retry", description="an answer that was turned down before comes again: go on, or give up"
+    )
+
+
+class ExarRefineConfig(Strict):
+    """Generate, validate, exclude, generate again, until an answer is accepted; else abstain."""
+
+    PATHS = (
+        "data.paths.*",
+        "model.path",
+        "template",
+        "adapters.answer",
+        "adapters.validator",
+        "validator.model.path",
+        "validator.scorer",
+    )
+
+    data: DataConfig = Field(description="questions; their answers are told to nobody but the oracle")
+    model: ModelConfig = Field(description="the model that answers, or the base of the adapters")
+    template: str = Field("chat", description="chat: the model's own chat template; raw: no markers; or a Jinja file")
+    adapters: ExarAdaptersConfig = Field(ExarAdaptersConfig(), description="of the model")  # type: ignore[call-arg]
+    validator: ExarValidatorConfig = Field(ExarValidatorConfig(), description="who judges")  # type: ignore[call-arg]
+    attempts: AttemptsConfig = Field(AttemptsConfig(), description="how often, how warm")  # type: ignore[call-arg]
+    questions: Literal["test", "train", "all"] = Field("test", description="which side of the split is asked")
+    split: ExarSplitConfig = Field(ExarSplitConfig(), description="what is held out")  # type: ignore[call-arg]
+    seed: int = Field(0, ge=0, description="of warm attempts, and of chance")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ExarRefineConfig:
+        if self.adapters.validator and (self.validator.kind != "model" or self.validator.model is not None):
+            raise ValueError("adapters.validator has no effect: another validator judges")
+        if (self.adapters.answer or self.adapters.validator) and self.model.engine != "transformers":
+            raise ValueError("adapters need model.engine: transformers; merge them for vllm")
+        return self

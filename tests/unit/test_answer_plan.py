@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stitch_ray.batch_files import batch_file
 from stitch_ray.config.sample_answers import SampleAnswersConfig, SamplesConfig
 from stitch_ray.data import formats
 from stitch_ray.data.quarantine import BadRow
@@ -28,7 +29,7 @@ from stitch_ray.reliability.answers.plan import (
     plan_table,
     rows_a_batch,
 )
-from stitch_ray.reliability.answers.questions import QUESTION_SCHEMA, Question, batch_file, question_of
+from stitch_ray.reliability.answers.questions import QUESTION_SCHEMA, Question, question_of
 from stitch_ray.reliability.answers.sampler import AnswerJob, Sampler
 from stitch_ray.reliability.answers.sampling import SAMPLE_SCHEMA, answer_rows, distractor_rows, requests_for
 from stitch_ray.reliability.answers.templated import TemplatedEngine

@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from stitch_ray.batch_files import batch_file
 from stitch_ray.config.predict import PredictConfig
 from stitch_ray.data.corpus import Corpus
 from stitch_ray.data.quarantine import Quarantined
@@ -24,7 +25,7 @@ from stitch_ray.ensemble.asking import unasked
 from stitch_ray.ensemble.types import Question
 from stitch_ray.records import MESSAGES_TYPE, Turn
 from stitch_ray.reliability.answers.plan import rows_a_batch
-from stitch_ray.reliability.answers.questions import Prompter, batch_file, plan_questions, read_questions
+from stitch_ray.reliability.answers.questions import Prompter, plan_questions, read_questions
 from stitch_ray.runs import atomic_path, fresh_folder, write_json
 
 CHUNK_SCHEMA = pa.schema(

@@ -12,13 +12,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from stitch_ray.batch_files import batch_file, counts_of
 from stitch_ray.data.quarantine import Quarantined
 from stitch_ray.ensemble.batch.preflight import Ready
 from stitch_ray.ensemble.batch.questions import CHUNK_SCHEMA, Chunks
 from stitch_ray.ensemble.batch.rows import PREDICTION_SCHEMA
 from stitch_ray.ensemble.batch.runner import PredictJob
-from stitch_ray.reliability.answers.questions import batch_file
-from stitch_ray.reliability.answers.sampler import counts_of
 from stitch_ray.reliability.risk.predictions import PREDICTIONS
 from stitch_ray.runs import atomic_path
 

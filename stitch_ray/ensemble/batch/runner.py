@@ -7,10 +7,9 @@ question) and `labels-<key>/`. What has a file is not done again, so other label
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,19 +19,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from stitch_ray.batch_files import audit, batch_file, count_attempt, readable, write_batch
 from stitch_ray.config.sample_answers import LabelsConfig
 from stitch_ray.ensemble.batch.questions import Asked, read_chunk
 from stitch_ray.ensemble.batch.respondents import Respondent
 from stitch_ray.ensemble.batch.rows import CHUNK_RESULT_SCHEMA, Row, failure_row, prediction_row
 from stitch_ray.reliability.answers.labels import Labelled, Labeller
-from stitch_ray.reliability.answers.questions import batch_file
-from stitch_ray.reliability.answers.sampler import failures, labelled, readable
-from stitch_ray.runs import atomic_path
+from stitch_ray.reliability.answers.sampler import failures, labelled
 
 log = logging.getLogger(__name__)
-
-_COUNTS = b"counts"
-_MOST_ATTEMPTS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,20 +116,20 @@ class Runner:
 
     async def _do(self, chunk: int) -> dict[str, Any]:
         job = self._job
-        self._count_attempt(chunk)
+        count_attempt(job.attempts, chunk, "lower concurrency")
         cost: dict[str, Any] = {}
         asked = job.unanswered(chunk)
         if asked:
-            self._audit("predictions", chunk, len(asked))
+            audit(job.call_log, "predictions", chunk, len(asked))
             rows = await self._gather(self._predict(one) for one in asked)
             self._keep(chunk, rows)
             cost = {key: sum(row.get(key) or 0 for row in rows) for key in ("calls", "tokens")} | {"asked": len(asked)}
         everyone = read_chunk(batch_file(job.questions, chunk))
         if job.baselines is not None and not readable(batch_file(job.baselines, chunk)):
-            self._audit("baselines", chunk, len(everyone))
+            audit(job.call_log, "baselines", chunk, len(everyone))
             await self._ask_auxiliaries(chunk, everyone)
         if job.labels is not None and not labelled(batch_file(job.labels, chunk)):
-            self._audit("labels", chunk, len(everyone))
+            audit(job.call_log, "labels", chunk, len(everyone))
             async with self._one_labeller:
                 await asyncio.to_thread(self._label, chunk, everyone)
         failed = failures(batch_file(job.predictions, chunk))
@@ -164,7 +159,7 @@ class Runner:
         for stale in file.parent.parent.glob(f"labels-*/{file.name}"):
             stale.unlink()  # they are of the chunk as it was
         order = [one.question.example_id for one in read_chunk(batch_file(job.questions, chunk))]
-        self._write(file, pa.Table.from_pylist([rows[name] for name in order], CHUNK_RESULT_SCHEMA))
+        write_batch(file, pa.Table.from_pylist([rows[name] for name in order], CHUNK_RESULT_SCHEMA))
 
     async def _ask_auxiliaries(self, chunk: int, everyone: Sequence[Asked]) -> None:
         assert self._job.baselines is not None
@@ -174,7 +169,7 @@ class Runner:
             columns[f"answer.{name}"] = pa.array([one.text for one in answers], pa.string())
             columns[f"tokens.{name}"] = pa.array([one.tokens for one in answers], pa.int64())
             columns[f"seconds.{name}"] = pa.array([one.seconds for one in answers], pa.float64())
-        self._write(batch_file(self._job.baselines, chunk), pa.table(columns))
+        write_batch(batch_file(self._job.baselines, chunk), pa.table(columns))
 
     def _label(self, chunk: int, everyone: Sequence[Asked]) -> None:
         """Labels of both stages' answers, of the one given, and of those of the auxiliaries; null where there is none."""
@@ -201,22 +196,4 @@ class Runner:
             for name, texts in answers.items()
         }
         table = pa.table({name: pa.array(row, pa.float32(), mask=np.isnan(row)) for name, row in columns.items()})
-        self._write(batch_file(job.labels, chunk), table, found.counts)
-
-    def _write(self, file: Path, table: pa.Table, counts: Mapping[str, int] | None = None) -> None:
-        table = table.replace_schema_metadata({_COUNTS: json.dumps(dict(sorted((counts or {}).items())))})
-        with atomic_path(file) as temporary:
-            pq.write_table(table, temporary, write_page_checksum=True)
-
-    def _audit(self, stage: str, chunk: int, rows: int) -> None:
-        if self._job.call_log:
-            with open(self._job.call_log, "a", encoding="utf-8") as audit:
-                audit.write(f"{stage}\t{chunk}\t{rows}\n")
-
-    def _count_attempt(self, chunk: int) -> None:
-        """A chunk that takes this actor down every time must not be retried for ever."""
-        with open(self._job.attempts / f"{chunk:06d}", "a", encoding="utf-8") as file:
-            file.write("x")
-            attempts = file.tell()
-        if attempts > _MOST_ATTEMPTS:
-            raise RuntimeError(f"took its worker down {_MOST_ATTEMPTS} times (out of memory?); lower concurrency")
+        write_batch(batch_file(job.labels, chunk), table, found.counts)

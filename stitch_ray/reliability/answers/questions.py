@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from stitch_ray.batch_files import batch_file
 from stitch_ray.data.corpus import Corpus, example_ids, messages_of
 from stitch_ray.data.quarantine import BadRow, Quarantined
 from stitch_ray.prompts.chat import ChatTemplate
@@ -105,11 +106,6 @@ def _chat_template(prompter: Prompter) -> ChatTemplate:
 
     tokenizer = load_tokenizer(prompter.tokenizer, trust_remote_code=prompter.trust_remote_code)
     return ChatTemplate(tokenizer, prompter.template, prompter.source)
-
-
-def batch_file(folder: Path, batch_id: int) -> Path:
-    """Where the questions of a batch are kept."""
-    return folder / f"{batch_id:06d}.parquet"
 
 
 def question_of(example: Example, example_id: str) -> Question:

@@ -11,12 +11,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from stitch_ray.batch_files import batch_file, counts_of
 from stitch_ray.data.quarantine import Quarantined
 from stitch_ray.data.splits import split_among
 from stitch_ray.records import ANSWER_SCHEMA
 from stitch_ray.reliability.answers.preflight import Ready
-from stitch_ray.reliability.answers.questions import QUESTION_SCHEMA, Questions, batch_file
-from stitch_ray.reliability.answers.sampler import AnswerJob, counts_of, failures
+from stitch_ray.reliability.answers.questions import QUESTION_SCHEMA, Questions
+from stitch_ray.reliability.answers.sampler import AnswerJob, failures
 from stitch_ray.reliability.tables import ANSWERS, SIGNALS
 from stitch_ray.runs import atomic_path
 

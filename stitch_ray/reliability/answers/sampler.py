@@ -6,7 +6,6 @@ Every stage of a batch has a file, written by rename: `samples/` holds answers a
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import platform
@@ -21,19 +20,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from stitch_ray.batch_files import audit, batch_file, count_attempt, counts_of, readable, write_batch
 from stitch_ray.config.sample_answers import SampleAnswersConfig
 from stitch_ray.data.splits import split_among
 from stitch_ray.reliability.answers.distractors import DistractorItem, ask
 from stitch_ray.reliability.answers.judging import Judging
-from stitch_ray.reliability.answers.questions import Prompter, Question, batch_file, read_questions
+from stitch_ray.reliability.answers.questions import Prompter, Question, read_questions
 from stitch_ray.reliability.answers.respondent import Respondent, respondent
 from stitch_ray.reliability.answers.sampling import SAMPLE_SCHEMA, Row, answer_rows, distractor_rows, requests_for
-from stitch_ray.runs import atomic_path
 
 log = logging.getLogger(__name__)
 
-_MOST_ATTEMPTS = 3
-_COUNTS = b"counts"
+_ADVICE = "lower model.batch_tokens, samples.max_tokens or samples.num"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,18 +71,6 @@ class AnswerJob:
         return [one for one in read_questions(batch_file(self.questions, batch_id)) if one.example_id in failed]
 
 
-def readable(file: Path) -> bool:
-    """Whether `file` is there and can be read to its end. A damaged one is removed."""
-    if not file.exists():
-        return False
-    try:
-        pq.read_table(file, page_checksum_verification=True)
-    except (pa.ArrowInvalid, OSError):
-        file.unlink()
-        return False
-    return True
-
-
 def labelled(file: Path) -> bool:
     """Whether the labels are there: those of a judge that could not be reached are not."""
     return readable(file) and not counts_of(file).get("judge_failed")
@@ -95,12 +81,6 @@ def failures(samples: Path) -> dict[str, str]:
     table = pq.read_table(samples, columns=["example_id", "error"])
     pairs = zip(table["example_id"].to_pylist(), table["error"].to_pylist(), strict=True)
     return {example_id: reason for example_id, reason in pairs if reason is not None}
-
-
-def counts_of(file: Path) -> dict[str, int]:
-    """What a stage counted while it wrote `file`."""
-    found: dict[str, int] = json.loads((pq.read_schema(file).metadata or {}).get(_COUNTS, b"{}"))
-    return found
 
 
 class Sampler:
@@ -147,12 +127,12 @@ class Sampler:
 
     def _do(self, batch_id: int) -> dict[str, Any]:
         job = self._job
-        self._count_attempt(batch_id)
+        count_attempt(job.attempts, batch_id, _ADVICE)
         cost: dict[str, Any] = {}
         file = batch_file(job.samples, batch_id)
         asked = job.unanswered(batch_id)
         if asked:
-            self._audit("samples", batch_id, len(asked))
+            audit(job.call_log, "samples", batch_id, len(asked))
             started = time.time()
             rows = self._sample(batch_id, asked)
             tokens = sum(row.get("tokens") or 0 for row in rows)
@@ -162,12 +142,12 @@ class Sampler:
         # From the file, not from memory: a resumed batch has the same numbers, down to their rounding.
         rows = [row for row in pq.read_table(file).to_pylist() if row["error"] is None]
         if job.labels is not None and not labelled(batch_file(job.labels, batch_id)):
-            self._audit("labels", batch_id, len(rows))
-            self._write(batch_file(job.labels, batch_id), *self._judging.labels(rows, questions))
+            audit(job.call_log, "labels", batch_id, len(rows))
+            write_batch(batch_file(job.labels, batch_id), *self._judging.labels(rows, questions))
         if job.signals is not None and not readable(batch_file(job.signals, batch_id)):
-            self._audit("signals", batch_id, len(rows))
+            audit(job.call_log, "signals", batch_id, len(rows))
             made = self._judging.signals(rows, questions, lambda: self._respondent.engine)
-            self._write(batch_file(job.signals, batch_id), *made)
+            write_batch(batch_file(job.signals, batch_id), *made)
         cost |= {"questions": len(questions), "failed": len(failed), "reason": next(iter(failed.values()), "")}
         return cost
 
@@ -193,7 +173,7 @@ class Sampler:
         new = [row for of_question in rows.values() for row in of_question]
         order = {one.example_id: place for place, one in enumerate(read_questions(batch_file(job.questions, batch_id)))}
         together = sorted([*kept, *new], key=lambda row: order[row["example_id"]])
-        self._write(file, pa.Table.from_pylist(together, SAMPLE_SCHEMA), counts)
+        write_batch(file, pa.Table.from_pylist(together, SAMPLE_SCHEMA), counts)
         return new
 
     def _add_distractors(self, answered: Sequence[Question], rows: Mapping[str, list[Row]]) -> dict[str, int]:
@@ -211,24 +191,3 @@ class Sampler:
         for question, texts in zip(answered, found.answers, strict=True):
             rows[question.example_id].extend(distractor_rows(question, texts))
         return asdict(found.counts)
-
-    def _write(self, file: Path, table: pa.Table, counts: Mapping[str, int]) -> None:
-        table = table.replace_schema_metadata({_COUNTS: json.dumps(dict(sorted(counts.items())))})
-        with atomic_path(file) as temporary:
-            pq.write_table(table, temporary, write_page_checksum=True)
-
-    def _audit(self, stage: str, batch_id: int, rows: int) -> None:
-        if self._job.call_log:
-            with open(self._job.call_log, "a", encoding="utf-8") as audit:
-                audit.write(f"{stage}\t{batch_id}\t{rows}\n")
-
-    def _count_attempt(self, batch_id: int) -> None:
-        """A batch that takes its actor down every time must not be retried for ever."""
-        with open(self._job.attempts / f"{batch_id:06d}", "a", encoding="utf-8") as file:
-            file.write("x")
-            attempts = file.tell()
-        if attempts > _MOST_ATTEMPTS:
-            raise RuntimeError(
-                f"took its worker down {_MOST_ATTEMPTS} times (out of memory?); "
-                "lower model.batch_tokens, samples.max_tokens or samples.num"
-            )

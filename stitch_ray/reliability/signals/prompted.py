@@ -18,7 +18,6 @@ from stitch_ray.records import Turn
 
 Turns = tuple[Turn, ...]
 
-_FORMS = ((" True", " False"), ("True", "False"))
 _REPLY_TOKENS = 12
 _NUMBER = re.compile(r"(\d{1,3}(?:\.\d+)?) ?(%?)\.?")
 
@@ -28,34 +27,54 @@ def p_true(
 ) -> NDArray[np.float64]:
     """Probability that the model calls each (question, answer) true (Kadavath et al. 2022, Sec. 3), (asked,) in [0, 1].
 
-    P(True) / (P(True) + P(False)), each word's probability being the sum over its spelling with and without a space
-    before it: a template decides which of them begins a reply. No sampled answers are shown beside the one in question.
-    NaN for a blank answer, and where the engine refuses; `problems` counts the latter by reason.
+    See `probability_of`. No sampled answers are shown beside the one in question. NaN for a blank answer, and where the
+    engine refuses; `problems` counts the latter by reason.
     """
     values = np.full(len(asked), math.nan)
     slots = _slots(asked)
-    requests = [
-        Request(request_id=f"p_true-{number}", prompt=_prompt("p_true.txt", *key), continuation=word)
-        for number, key in enumerate(slots)
-        for form in _FORMS
-        for word in form
-    ]
-    found = iter(engine.loglikelihood(requests) if requests else [])
-    for own in slots.values():
-        likelihoods = [[next(found), next(found)] for _ in _FORMS]
-        true, false = [], []
-        for is_true, is_false in likelihoods:
-            if not isinstance(is_true, EngineError) and not isinstance(is_false, EngineError):
-                true.append(is_true[0])
-                false.append(is_false[0])
-        if true:
-            difference = np.logaddexp.reduce(false) - np.logaddexp.reduce(true)
-            values[own] = 1 / (1 + np.exp(np.clip(difference, -700, 700)))
+    prompts = [_prompt("p_true.txt", *key) for key in slots]
+    for own, found in zip(slots.values(), probability_of(engine, prompts, "True", "False"), strict=True):
+        if isinstance(found, EngineError):
+            _count(problems, "p_true", found)
         else:
-            _count(
-                problems, "p_true", next(one for form in likelihoods for one in form if isinstance(one, EngineError))
-            )
+            values[own] = found
     return values
+
+
+def probability_of(
+    engine: Engine, prompts: Sequence[Turns], word: str, other: str, *, adapter: str | None = None
+) -> list[float | EngineError]:
+    """P(word) / (P(word) + P(other)) as the reply to each prompt, in [0, 1], or why the engine refuses.
+
+    A word's probability is the sum over its spelling with and without a space before it: a template decides which of
+    them begins a reply. Nothing is generated. `adapter`: the one that replies.
+    """
+    forms = reply_forms(word, other)
+    requests = [
+        Request(request_id=f"{word}-{number}", prompt=prompt, continuation=text, adapter=adapter)
+        for number, prompt in enumerate(prompts)
+        for text in forms
+    ]
+    found = engine.loglikelihood(requests) if requests else []
+    return [from_likelihoods(found[start : start + len(forms)]) for start in range(0, len(found), len(forms))]
+
+
+def reply_forms(word: str, other: str) -> tuple[str, ...]:
+    """The continuations whose likelihoods `from_likelihoods` takes, in its order."""
+    return (f" {word}", f" {other}", word, other)
+
+
+def from_likelihoods(found: Sequence[tuple[float, bool] | EngineError]) -> float | EngineError:
+    """The probability of the first word; an error if neither spelling of the pair could be had."""
+    first, second = [], []
+    for one, two in zip(found[::2], found[1::2], strict=True):
+        if not isinstance(one, EngineError) and not isinstance(two, EngineError):
+            first.append(one[0])
+            second.append(two[0])
+    if not first:
+        return next(one for one in found if isinstance(one, EngineError))
+    difference = np.logaddexp.reduce(second) - np.logaddexp.reduce(first)
+    return float(1 / (1 + np.exp(np.clip(difference, -700, 700))))
 
 
 def verbalized_confidence(
