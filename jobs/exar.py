@@ -78,6 +78,7 @@ def _role(text: str) -> tuple[str, str]:
 
 
 exar.command(name="merge")(job_command("exar-merge"))
+exar.command(name="refine")(job_command("exar-refine", limit="data.limit"))
 
 if __name__ == "__main__":
     exar()

@@ -29,6 +29,7 @@ _AREAS = {
     "predict": "ensemble.batch",
     "serve": "ensemble.serving",
     "exar-merge": "exclusion.merging",
+    "exar-refine": "exclusion.refining",
 }
 """Job -> the package with its `preflight.check`, `estimate.describe`, `pipeline.check_cluster` and `pipeline.run` (`serve`
 has no run folder and no pipeline: serve_apps deploys it)."""

@@ -2,7 +2,7 @@
 
 from stitch_ray.config.base import Strict
 from stitch_ray.config.calibrate import CalibrateConfig
-from stitch_ray.config.exar import ExarMergeConfig
+from stitch_ray.config.exar import ExarMergeConfig, ExarRefineConfig
 from stitch_ray.config.finetune import FinetuneConfig
 from stitch_ray.config.loading import load_config, parse_overrides
 from stitch_ray.config.predict import PredictConfig
@@ -20,6 +20,7 @@ CONFIGS: dict[str, type[Strict]] = {
     "predict": PredictConfig,
     "serve": ServeConfig,
     "exar-merge": ExarMergeConfig,
+    "exar-refine": ExarRefineConfig,
 }
 """Job name -> its configuration."""
 
@@ -27,6 +28,7 @@ __all__ = [
     "CONFIGS",
     "CalibrateConfig",
     "ExarMergeConfig",
+    "ExarRefineConfig",
     "FinetuneConfig",
     "PredictConfig",
     "SampleAnswersConfig",

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from stitch_ray.config.base import DataConfig, ModelConfig, Strict
+from stitch_ray.config.sample_answers import LabelsConfig
 
 
 class ExarSplitConfig(Strict):
@@ -109,6 +110,7 @@ class ExarRefineConfig(Strict):
         "adapters.validator",
         "validator.model.path",
         "validator.scorer",
+        "labels.encoder",
     )
 
     data: DataConfig = Field(description="questions; their answers are told to nobody but the oracle")
@@ -117,6 +119,7 @@ class ExarRefineConfig(Strict):
     adapters: ExarAdaptersConfig = Field(ExarAdaptersConfig(), description="of the model")  # type: ignore[call-arg]
     validator: ExarValidatorConfig = Field(ExarValidatorConfig(), description="who judges")  # type: ignore[call-arg]
     attempts: AttemptsConfig = Field(AttemptsConfig(), description="how often, how warm")  # type: ignore[call-arg]
+    labels: LabelsConfig = Field(LabelsConfig(), description="how right an answer is")  # type: ignore[call-arg]
     questions: Literal["test", "train", "all"] = Field("test", description="which side of the split is asked")
     split: ExarSplitConfig = Field(ExarSplitConfig(), description="what is held out")  # type: ignore[call-arg]
     seed: int = Field(0, ge=0, description="of warm attempts, and of chance")

@@ -7,12 +7,12 @@ an answer that comes again; `Rules` has all three, and does none of them unless 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from stitch_ray.evaluation.answers import normalise_answer
 
-Checked = Literal["judged", "repeated", "empty", "unjudged"]
+Checked = Literal["judged", "judge_failed", "repeated", "empty", "unjudged"]
 Reason = Literal["accepted", "unjudged", "exhausted", "cycle"]
 
 
@@ -30,8 +30,8 @@ class Rules:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
-    """One answer. `probability`: P(CORRECT), None unless `checked` is "judged". An answer that was turned down before, or
-    is blank, is turned down without asking the validator. `tokens` and `validator_tokens`: read and written."""
+    """One answer. `probability`: P(CORRECT), None unless `checked` is "judged". An answer that was turned down before, is
+    blank, or cannot be judged is turned down. `tokens` and `validator_tokens`: read and written."""
 
     answer: str
     temperature: float
@@ -106,7 +106,7 @@ class Refinement:
     @property
     def calls(self) -> int:
         """Calls of models: an answer is one, a verdict is one."""
-        return len(self.attempts) + sum(attempt.checked == "judged" for attempt in self.attempts)
+        return len(self.attempts) + sum(attempt.checked in ("judged", "judge_failed") for attempt in self.attempts)
 
     @property
     def tokens(self) -> int:
@@ -130,7 +130,7 @@ class Refinement:
 
     def trace(self) -> list[dict[str, Any]]:
         """The attempts as JSON values."""
-        return [{name: getattr(attempt, name) for name in Attempt.__slots__} for attempt in self.attempts]
+        return [asdict(attempt) for attempt in self.attempts]
 
 
 def expected(p: float, tpr: float, tnr: float, retries: int) -> tuple[float, float]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from stitch_ray.config.base import ModelConfig
 from stitch_ray.config.reliability import EndpointConfig
-from stitch_ray.config.sample_answers import SampleAnswersConfig
+from stitch_ray.config.sample_answers import LabelsConfig, SampleAnswersConfig
 from stitch_ray.data import formats, readers
 from stitch_ray.data.corpus import data_work
 from stitch_ray.engines.fingerprint import model_fingerprint, model_folder
@@ -61,7 +61,7 @@ def check(config: SampleAnswersConfig) -> Ready:
     missing = unsupported(config.signals.names, kind)
     if missing:
         raise UserError(f"signals.names: {', '.join(missing)} cannot be had from {kind}; leave them out")
-    labels = _check_labels(config)
+    labels = check_labels(config.labels)
     signals = _check_signals(config)
     if config.model:
         prompter, work, answers_from = _check_model(config.model, config)
@@ -173,9 +173,8 @@ def _work(config: SampleAnswersConfig, sources: Sequence[str]) -> dict[str, Any]
     return work
 
 
-def _check_labels(config: SampleAnswersConfig) -> dict[str, Any]:
+def check_labels(labels: LabelsConfig) -> dict[str, Any]:
     """What the labels depend on beside the answers; not the threshold, which is applied when results are put together."""
-    labels = config.labels
     found: dict[str, Any] = {"metric": labels.metric, "references": "all"}
     if labels.metric == "rouge_l":
         found["convention"] = labels.convention

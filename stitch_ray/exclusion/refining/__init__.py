@@ -1,0 +1,1 @@
+"""`exar refine`: generate, validate, exclude, generate again, on Ray Data."""
