@@ -77,8 +77,10 @@ def _role(text: str) -> tuple[str, str]:
     return role, name
 
 
+exar.command(name="run")(job_command("exar-run", limit="data.limit"))
 exar.command(name="merge")(job_command("exar-merge"))
 exar.command(name="refine")(job_command("exar-refine", limit="data.limit"))
+exar.command(name="evaluate")(job_command("exar-evaluate"))
 
 if __name__ == "__main__":
     exar()

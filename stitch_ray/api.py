@@ -30,6 +30,8 @@ _AREAS = {
     "serve": "ensemble.serving",
     "exar-merge": "exclusion.merging",
     "exar-refine": "exclusion.refining",
+    "exar-evaluate": "exclusion.evaluating",
+    "exar-run": "exclusion.chain",
 }
 """Job -> the package with its `preflight.check`, `estimate.describe`, `pipeline.check_cluster` and `pipeline.run` (`serve`
 has no run folder and no pipeline: serve_apps deploys it)."""

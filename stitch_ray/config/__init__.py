@@ -2,7 +2,7 @@
 
 from stitch_ray.config.base import Strict
 from stitch_ray.config.calibrate import CalibrateConfig
-from stitch_ray.config.exar import ExarMergeConfig, ExarRefineConfig
+from stitch_ray.config.exar import ExarEvaluateConfig, ExarMergeConfig, ExarRefineConfig, ExarRunConfig
 from stitch_ray.config.finetune import FinetuneConfig
 from stitch_ray.config.loading import load_config, parse_overrides
 from stitch_ray.config.predict import PredictConfig
@@ -21,14 +21,18 @@ CONFIGS: dict[str, type[Strict]] = {
     "serve": ServeConfig,
     "exar-merge": ExarMergeConfig,
     "exar-refine": ExarRefineConfig,
+    "exar-evaluate": ExarEvaluateConfig,
+    "exar-run": ExarRunConfig,
 }
 """Job name -> its configuration."""
 
 __all__ = [
     "CONFIGS",
     "CalibrateConfig",
+    "ExarEvaluateConfig",
     "ExarMergeConfig",
     "ExarRefineConfig",
+    "ExarRunConfig",
     "FinetuneConfig",
     "PredictConfig",
     "SampleAnswersConfig",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from stitch_ray.config.base import DataConfig, ModelConfig, Strict
+from stitch_ray.config.base import DataConfig, ModelConfig, Name, Strict
 from stitch_ray.config.sample_answers import LabelsConfig
 
 
@@ -131,3 +131,86 @@ class ExarRefineConfig(Strict):
         if (self.adapters.answer or self.adapters.validator) and self.model.engine != "transformers":
             raise ValueError("adapters need model.engine: transformers; merge them for vllm")
         return self
+
+
+class ExarEvaluateConfig(Strict):
+    """What a refinement is worth, beside majority votes and other choices for the same number of calls."""
+
+    PATHS = ("refine", "controls.*", "samples")
+
+    refine: str = Field(description="run folder of `exar refine`")
+    controls: dict[Name, str] = Field({}, description="name -> run of `exar refine` with another validator")
+    samples: str | None = Field(None, description="run of sample-answers: independent answers to the same questions")
+    trained_on: Literal["refuse", "count"] = Field(
+        "refuse", description="questions that a model learned from: an error, or only counted in the report"
+    )
+    bootstrap: int = Field(1000, ge=0, description="resamples behind the 95 % intervals; 0: no intervals")
+    ece_bins: int = Field(15, ge=2, description="bins of the calibration error")
+    seed: int = Field(0, ge=0, description="of the bootstrap")
+
+
+class ExarChainSplitConfig(Strict):
+    """Three sides of the questions, by hash: for stage zero, for DATASET+, and for the evaluation."""
+
+    test: float = Field(0.2, gt=0, lt=1, description="share that no stage learns from; everything is measured on it")
+    plus: float = Field(0.4, gt=0, lt=1, description="share whose predictions become DATASET+")
+    salt: str = Field("stitch_ray", description="one a project: a question is on the same side in all its jobs")
+
+    @model_validator(mode="after")
+    def _something_left(self) -> ExarChainSplitConfig:
+        if self.test + self.plus >= 1:
+            raise ValueError("split.test and split.plus leave nothing for stage zero")
+        return self
+
+
+class PredictionsConfig(Strict):
+    """The answers that DATASET+ is made of: one to a question at every temperature."""
+
+    temperatures: list[Annotated[float, Field(gt=0)]] = Field(
+        [0.1, 0.6, 0.8], min_length=1, description="of the answers"
+    )
+    top_p: float = Field(0.9, gt=0, le=1, description="of the answers")
+    questions: Literal["plus", "all"] = Field(
+        "plus", description="all: those of stage zero too, whose answers the model may know by heart"
+    )
+
+
+class RuleConfig(Strict):
+    """When an answer is CORRECT; see `exar label`."""
+
+    encoder: str | None = Field(None, description="encoder of BERTScore; default: the rule without it")
+    rouge_f: float = Field(0.5, ge=0, le=1, description="ROUGE-L F above this")
+    bert_with_rouge: float = Field(0.5, ge=0, le=1, description="least BERTScore F beside it")
+    rouge_p_or_r: float = Field(0.6, ge=0, le=1, description="or ROUGE-L precision or recall above this")
+    bert: float = Field(0.9, ge=0, le=1, description="or BERTScore F above this")
+
+
+class ExarRunConfig(Strict):
+    """The whole chain: stage zero, predictions, labels, DATASET+, validator, EXAR model, refinement, evaluation.
+
+    `stage_zero`, `validator` and `exar` hold keys of `finetune`, model and tasks left out.
+    """
+
+    PATHS = ("data.paths.*", "model.path", "rule.encoder", "labels.encoder")
+
+    data: DataConfig = Field(description="questions with their answers")
+    model: ModelConfig = Field(description="the model that everything starts from")
+    split: ExarChainSplitConfig = Field(ExarChainSplitConfig(), description="three sides")  # type: ignore[call-arg]
+    stage_zero: dict[str, Any] | None = Field({}, description="fine-tuning on the questions; null: the model as it is")
+    predictions: PredictionsConfig = Field(PredictionsConfig(), description="for DATASET+")  # type: ignore[call-arg]
+    rule: RuleConfig = Field(RuleConfig(), description="of the labels")  # type: ignore[call-arg]
+    balance: Literal["none", "downsample", "weights"] = Field("weights", description="as in `exar merge`")
+    gold: bool = Field(True, description="the validator also learns from the gold answers")
+    validator: dict[str, Any] = Field({}, description="fine-tuning of the validator")
+    exar: dict[str, Any] = Field({}, description="fine-tuning of the EXAR model")
+    replay: bool = Field(True, description="the EXAR model sees the examples of stage zero again")
+    attempts: AttemptsConfig = Field(AttemptsConfig(), description="of the refinement")  # type: ignore[call-arg]
+    threshold: float = Field(0.5, ge=0, le=1, description="an answer is accepted from this P(CORRECT) on")
+    labels: LabelsConfig = Field(LabelsConfig(), description="when a final answer is right")  # type: ignore[call-arg]
+    controls: list[Literal["oracle", "random", "always"]] = Field(
+        ["oracle", "random", "always"],
+        description="validators to compare with: gold answers, chance, yes to everything",
+    )
+    samples: int = Field(12, ge=1, description="independent answers to a question, for the votes to compare with")
+    sample_temperature: float = Field(0.6, gt=0, description="of these")
+    seed: int = Field(0, ge=0, description="of everything")

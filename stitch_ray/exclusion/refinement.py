@@ -6,6 +6,7 @@ an answer that comes again; `Rules` has all three, and does none of them unless 
 
 from __future__ import annotations
 
+import string
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -153,5 +154,5 @@ def any_right(right: Sequence[Sequence[bool]], k: int) -> float:
 
 
 def _key(answer: str) -> str:
-    """Answers that differ in case, articles or punctuation only are the same; others are not, even if nothing is left."""
-    return normalise_answer(answer) or answer.strip()
+    """Answers that differ in case, articles or punctuation only are the same; option "A" is no article."""
+    return normalise_answer(answer) or answer.strip().strip(string.punctuation).casefold() or answer.strip()

@@ -85,6 +85,7 @@ def facts(ready: Ready, outcome: Outcome) -> dict[str, Any]:
     seen = ready.learned_from()
     answered = pc.sum(pc.equal(refined["decision"], "answer")).as_py() or 0
     return {
+        "answers_from": ready.answers_from,
         "questions": refined.num_rows,
         "answered": answered,
         "reasons": dict(sorted(Counter(refined["reason"].to_pylist()).items())),

@@ -18,7 +18,7 @@ from stitch_ray.errors import UserError
 from stitch_ray.exclusion.prompts import prompts_hash
 from stitch_ray.prompts.chat import ChatTemplate
 from stitch_ray.records import content_hash
-from stitch_ray.reliability.answers.preflight import check_labels, model_identity
+from stitch_ray.reliability.answers.preflight import check_labels, model_answers_from, model_identity
 from stitch_ray.reliability.answers.questions import Prompter
 from stitch_ray.reliability.scorer.file import ScorerFile
 
@@ -27,7 +27,8 @@ from stitch_ray.reliability.scorer.file import ScorerFile
 class Ready:
     """A configuration that was checked against its files. `work` is what the attempts depend on.
 
-    `folders`: models, adapters and scorer, all that may say what it learned from.
+    `folders`: models, adapters and scorer, all that may say what it learned from. `answers_from`: fingerprint of who
+    answers, as `sample-answers` has it.
     """
 
     config: ExarRefineConfig
@@ -35,6 +36,7 @@ class Ready:
     prompter: Prompter
     judge_prompter: Prompter | None
     folders: tuple[str, ...]
+    answers_from: str
     work: dict[str, Any]
 
     @property
@@ -91,7 +93,11 @@ def check(config: ExarRefineConfig) -> Ready:
         folders.append(config.validator.model.path)
     if config.validator.scorer:
         folders.append(config.validator.scorer)
-    return Ready(config, tuple(sources), prompter, judge_prompter, tuple(folders), work)
+    answers_from = model_work["fingerprint"]
+    if config.adapters.answer:  # as sample-answers tells an adapter's folder
+        answers_from = content_hash([model_fingerprint(config.adapters.answer), answers_from])
+    answers_from = model_answers_from(answers_from, prompter.template, config.model.engine, config.model.dtype)
+    return Ready(config, tuple(sources), prompter, judge_prompter, tuple(folders), answers_from, work)
 
 
 def _validator(config: ExarRefineConfig) -> tuple[Prompter | None, dict[str, Any]]:

@@ -1,0 +1,1 @@
+"""`exar run`: the whole chain from questions to an evaluated refinement."""

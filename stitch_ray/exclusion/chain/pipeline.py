@@ -1,0 +1,109 @@
+"""`exar run`: one stage after another, each a run folder of its own; a stage that is done is not done again."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from stitch_ray.config.base import Strict
+from stitch_ray.config.exar import ExarRunConfig
+from stitch_ray.exclusion.chain.preflight import Ready
+from stitch_ray.exclusion.chain.sides import write_sides
+from stitch_ray.exclusion.chain.stages import SIDES, Stages
+from stitch_ray.exclusion.labelling import label_files
+from stitch_ray.exclusion.labels import Rule
+from stitch_ray.runs import Progress, RunFolder, Step, Summary, read_manifest
+
+RunJob = Callable[..., Summary]
+
+
+def run(ready: Ready, folder: RunFolder, progress: Progress = lambda step: None) -> Summary:
+    """Run the chain. Needs a Ray session. Raises what its stages raise; the same command resumes."""
+    config, stages = ready.config, Stages(ready.config, folder.path)
+    counts, quarantined = write_sides(
+        ready.sources, config.data, config.split, {name: stages.side(name) for name in SIDES}
+    )
+    folder.write_quarantine(quarantined)
+    folder.disposable = False
+    zero = stages.stage_zero()
+    if zero is not None:
+        _stage("finetune", zero, stages.folder("stage-zero"), progress)
+        if zero.method != "full" and not stages.merged.exists():
+            from stitch_ray.training.export import merge_adapter
+
+            merge_adapter(str(stages.folder("stage-zero") / "model"), stages.merged)
+            # What it learned from goes with it, or nobody downstream would know.
+            shutil.copy2(stages.folder("stage-zero") / "model" / "trained_on.parquet", stages.merged)
+    predictions = stages.predictions()
+    for name, settings in predictions.items():
+        _stage("sample-answers", settings, stages.folder(name), progress)
+    progress(Step(stage="labelling", done=0, total=None))
+    rule = config.rule.model_dump(exclude={"encoder"})
+    label_files(
+        [str(stages.folder(name)) for name in predictions],
+        stages.folder("labels"),
+        rule=Rule(**rule),
+        encoder=config.rule.encoder,
+        without_bert=config.rule.encoder is None,
+    )
+    plus = _stage("exar-merge", stages.merge(), stages.folder("plus"), progress)
+    _stage("finetune", stages.validator(), stages.folder("validator"), progress)
+    _stage("finetune", stages.exar(), stages.folder("exar"), progress)
+    _stage("exar-refine", stages.refine(), stages.folder("refine"), progress)
+    for control in config.controls:
+        _stage("exar-refine", stages.refine(control), stages.folder(f"refine-{control}"), progress)
+    _stage("sample-answers", stages.samples(), stages.folder("samples"), progress)
+    found = _stage("exar-evaluate", stages.evaluate(), stages.folder("evaluate"), progress)
+    for name in ("report.html", "metrics.json"):
+        shutil.copy2(stages.folder("evaluate") / name, folder.path / name)
+    folder.manifest.update(
+        rows_in=sum(counts.values()) + len(quarantined),
+        rows_out=sum(counts.values()),
+        rows_quarantined=len(quarantined),
+        inputs=dict.fromkeys(ready.sources, ready.work["data"]["inputs"]),
+        sides=dict(counts),
+        dataset_plus=plus["counts"],
+        systems=found["systems"],
+        validator=found["validator"],
+    )
+    folder.finish()
+    text = f"DATASET+: {_plus_text(plus['counts'])}\n{_evaluated(config, stages)}"
+    return Summary(folder.path, folder.manifest, _line(folder), text)
+
+
+def check_cluster(ready: Ready, path: Path) -> None:
+    """Every stage checks for itself what it needs."""
+
+
+def _stage(job: str, config: Strict, out: Path, progress: Progress) -> dict[str, Any]:
+    """The manifest of a stage, which is run unless it is done."""
+    from stitch_ray.api import check, run_job
+
+    manifest = read_manifest(out)
+    if manifest is None or manifest.get("status") != "done" or manifest["work_hash"] != check(job, config).work_hash:
+        run_job(job, config, out, progress=progress)
+        manifest = read_manifest(out)
+    assert manifest is not None
+    return manifest
+
+
+def _evaluated(config: ExarRunConfig, stages: Stages) -> str:
+    from stitch_ray.exclusion.measures import System, table
+
+    manifest = read_manifest(stages.folder("evaluate")) or {}
+    notes = "".join(f"\nnote: {note}" for note in manifest["notes"])
+    return table([System(**row) for row in manifest["systems"]]) + notes
+
+
+def _plus_text(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
+
+
+def _line(folder: RunFolder) -> str:
+    named = {row["name"]: row for row in folder.manifest["systems"]}
+    return (
+        f"exar run: {named['refined']['accuracy']:.1%} right after refining, {named['first answer']['accuracy']:.1%} at "
+        f"first, on {folder.manifest['sides']['test']} unseen questions -> {folder.path / 'report.html'}"
+    )
