@@ -52,7 +52,7 @@ class Primary(Member):
 class Auxiliary(Member):
     """One replica holds an auxiliary: a local model, or the way to a server."""
 
-    _methods = frozenset({"generate", "describe"})
+    _methods = frozenset({"generate", "compare", "describe"})
 
     async def __init__(self, config: Mapping[str, Any]) -> None:  # type: ignore[misc]
         from stitch_ray.ensemble.hosts import AuxiliaryHost

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -100,6 +100,24 @@ class DialogueConfig(Strict):
     attempts: int = Field(3, ge=1, le=10, description="tries of one turn until it can be read")
 
 
+class ExcludeConfig(Strict):
+    """The question again, with the answers that were turned down excluded, until the validator accepts one (EXAR).
+
+    The first of `auxiliaries` answers, the second judges; one alone does both.
+    """
+
+    max_attempts: int = Field(3, ge=1, le=32, description="further answers")
+    temperatures: list[Annotated[float, Field(ge=0)]] = Field(
+        [0.2, 0.4, 0.6], min_length=1, description="of the further answers; the last one goes on"
+    )
+    top_p: float = Field(1.0, gt=0, le=1, description="above temperature 0")
+    max_tokens: int = Field(64, ge=1, description="longest answer")
+    stop: list[str] = Field([], description="strings an answer ends before")
+    exclude: Literal["all", "last"] = Field("all", description="which of the answers turned down the prompt excludes")
+    on_cycle: Literal["retry", "stop"] = Field("retry", description="an answer turned down before comes again")
+    threshold: float = Field(0.5, ge=0, le=1, description="P(CORRECT) from which the validator accepts")
+
+
 class LimitsConfig(Strict):
     """What one answer may cost. Beyond it nothing more is asked, and nothing unchecked is given."""
 
@@ -121,11 +139,12 @@ class EnsembleConfig(Strict):
     )
 
     primary: PrimaryConfig = Field(description="the model that answers")
-    auxiliaries: list[MemberConfig] = Field([], max_length=2, description="the two that refine in dialogue")
-    route: Literal["none", "dialogue"] = Field(
+    auxiliaries: list[MemberConfig] = Field([], max_length=2, description="those that refine; see route")
+    route: Literal["none", "dialogue", "exclude"] = Field(
         "none", description="what is done with an answer that is not sure enough"
     )
     dialogue: DialogueConfig = Field(DialogueConfig(), description="route: dialogue")  # type: ignore[call-arg]
+    exclude: ExcludeConfig = Field(ExcludeConfig(), description="route: exclude")  # type: ignore[call-arg]
     signals: OnlineSignalsConfig = Field(OnlineSignalsConfig(), description="what the scorer is given")  # type: ignore[call-arg]
     limits: LimitsConfig = Field(LimitsConfig(), description="of one answer")  # type: ignore[call-arg]
     on_failure: Literal["abstain", "error"] = Field(
@@ -136,8 +155,12 @@ class EnsembleConfig(Strict):
     def _route(self) -> EnsembleConfig:
         if self.route == "dialogue" and len(self.auxiliaries) != 2:
             raise ValueError(f"route: dialogue needs two auxiliaries, and {len(self.auxiliaries)} are given")
+        if self.route == "exclude" and not self.auxiliaries:
+            raise ValueError("route: exclude needs an auxiliary that answers, and one that judges or the same for both")
+        if self.route == "exclude" and self.auxiliaries[-1].model is None:
+            raise ValueError("route: exclude needs a local model as its validator: a server does not tell P(CORRECT)")
         if self.route == "none" and self.auxiliaries:
-            raise ValueError("auxiliaries have no effect with route: none; write route: dialogue")
+            raise ValueError("auxiliaries have no effect with route: none; write route: dialogue or exclude")
         names = [member.name for member in self.members]
         if len(set(names)) != len(names):
             raise ValueError(f"the members of the ensemble need different names, got {', '.join(names)}")

@@ -70,6 +70,6 @@ class PredictConfig(Strict):
             raise ValueError("policy is missing (or write calibration: true, to make the predictions it is made from)")
         if self.calibration and self.ensemble.route == "none":
             raise ValueError("calibration: true is for policies with a second stage; calibrate one stage on answers")
-        if self.baselines and not self.ensemble.auxiliaries:
-            raise ValueError("baselines asks the auxiliaries, and there are none")
+        if self.baselines and self.ensemble.route != "dialogue":
+            raise ValueError("baselines asks each auxiliary by itself, which says something with route: dialogue only")
         return self

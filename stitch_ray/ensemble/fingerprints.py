@@ -12,6 +12,7 @@ from stitch_ray.engines.fingerprint import model_fingerprint
 from stitch_ray.engines.hf_adapters import check_base
 from stitch_ray.engines.pretrained import load_tokenizer
 from stitch_ray.ensemble.dialogue_route import dialogue_fingerprint
+from stitch_ray.ensemble.exclude_route import exclude_fingerprint
 from stitch_ray.errors import UserError
 from stitch_ray.prompts.chat import ChatTemplate
 from stitch_ray.records import content_hash
@@ -127,7 +128,10 @@ def answering_of(config: EnsembleConfig) -> dict[str, Any]:
 def route_fingerprint(config: EnsembleConfig) -> str:
     if config.route == "none":
         return NO_ROUTE
-    return dialogue_fingerprint(config.dialogue, [member.name for member in config.auxiliaries])
+    names = [member.name for member in config.auxiliaries]
+    if config.route == "exclude":
+        return exclude_fingerprint(config.exclude, names)
+    return dialogue_fingerprint(config.dialogue, names)
 
 
 def ensemble_fingerprints(config: EnsembleConfig, scorer: str) -> Fingerprints:

@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from stitch_ray.config.ensemble import EnsembleConfig, MemberConfig
-from stitch_ray.engines.base import Generation, Request
+from stitch_ray.engines.base import EngineError, Generation, Request
+from stitch_ray.ensemble.exclude_route import compare
 from stitch_ray.ensemble.members import load_auxiliary, load_primary
+from stitch_ray.ensemble.rendering import RenderedEngine
 from stitch_ray.ensemble.scoring import GatheredScoring
 from stitch_ray.ensemble.types import Answer, Question
 from stitch_ray.reliability.scorer.combined import ReliabilityScorer
@@ -47,13 +49,19 @@ class PrimaryHost:
 
 
 class AuxiliaryHost:
-    """One of the two that refine."""
+    """One of those that refine."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._engine = load_auxiliary(MemberConfig.model_validate(config))
 
     async def generate(self, request: Request) -> list[Generation]:
         return await self._engine.generate(request)
+
+    async def compare(self, request: Request, word: str, other: str) -> tuple[float, int]:
+        """Which of two replies is the likelier; see `exclude_route.Validator`."""
+        if not isinstance(self._engine, RenderedEngine):
+            raise EngineError(request.request_id, "a server does not tell how likely a reply is")
+        return await compare(self._engine, request, word, other)
 
     async def describe(self) -> dict[str, Any]:
         info = self._engine.info

@@ -6,13 +6,14 @@ import math
 from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from stitch_ray.config.ensemble import EnsembleConfig
 from stitch_ray.engines.base import AsyncEngine, EngineError
 from stitch_ray.ensemble.asking import asked
 from stitch_ray.ensemble.budget import BudgetExceeded, DeadlineExceeded
 from stitch_ray.ensemble.dialogue_route import DialogueRoute
+from stitch_ray.ensemble.exclude_route import ExcludeRoute, Validator
 from stitch_ray.ensemble.passage import Passage
 from stitch_ray.ensemble.types import (
     Action,
@@ -250,9 +251,14 @@ def build_predictor(
         raise UserError(
             f"ensemble.primary gives no {missing}, which the scorer needs; start it with the scorer's signals"
         )
-    route = None
+    route: Route | None = None
+    names_of_auxiliaries = [member.name for member in config.auxiliaries]
     if config.route == "dialogue":
-        route = DialogueRoute(config.dialogue, auxiliaries, [member.name for member in config.auxiliaries])
+        route = DialogueRoute(config.dialogue, auxiliaries, names_of_auxiliaries)
+    elif config.route == "exclude":
+        # Whoever starts the members has seen to it that the last one can compare.
+        validator = cast(Validator, auxiliaries[-1])
+        route = ExcludeRoute(config.exclude, auxiliaries[0], validator, names_of_auxiliaries)
     return Predictor(primary=primary, scorer=scorer, route=route, on_failure=config.on_failure)
 
 

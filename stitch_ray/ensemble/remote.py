@@ -54,14 +54,22 @@ class RemoteAuxiliary:
         )
 
     async def generate(self, request: Request) -> list[Generation]:
+        found: list[Generation] = await self._ask("generate", request)
+        return found
+
+    async def compare(self, request: Request, word: str, other: str) -> tuple[float, int]:
+        """Which of two replies is the likelier; see `exclude_route.Validator`."""
+        found: tuple[float, int] = await self._ask("compare", request, word, other)
+        return found
+
+    async def _ask(self, method: str, request: Request, *args: Any) -> Any:
         try:
-            found: list[Generation] = await self._call("generate", request)
+            return await self._call(method, request, *args)
         except (EngineError, DeadlineExceeded, BudgetExceeded):
             raise
         except Exception as error:
             reason = f"{self.info.model} cannot be reached ({type(error).__name__})"
             raise EngineError(request.request_id, reason, retryable=True) from error
-        return found
 
     async def loglikelihood(self, request: Request) -> tuple[float, bool]:
         raise EngineError(request.request_id, "an auxiliary only answers")

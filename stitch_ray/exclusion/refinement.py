@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from stitch_ray.evaluation.answers import normalise_answer
 
-Checked = Literal["judged", "judge_failed", "repeated", "empty", "unjudged"]
+Checked = Literal["judged", "judge_failed", "repeated", "empty", "unjudged", "draft"]
 Reason = Literal["accepted", "unjudged", "exhausted", "cycle"]
 
 
@@ -32,7 +32,8 @@ class Rules:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
     """One answer. `probability`: P(CORRECT), None unless `checked` is "judged". An answer that was turned down before, is
-    blank, or cannot be judged is turned down. `tokens` and `validator_tokens`: read and written."""
+    blank, or cannot be judged is turned down; "draft": somebody else turned it down, before the first attempt. `tokens`
+    and `validator_tokens`: read and written."""
 
     answer: str
     temperature: float

@@ -27,7 +27,7 @@ SERVED = {"url": "http://127.0.0.1:8000"}
         ("predict", PREDICT, {"scorer": None}, "without one no answer can be given"),
         ("predict", PREDICT, {"policy": None}, "policy is missing"),
         ("predict", PREDICT, {"calibration": True}, "policies with a second stage"),
-        ("predict", PREDICT, {"baselines": True}, "there are none"),
+        ("predict", PREDICT, {"baselines": True}, "with route: dialogue only"),
         ("predict", PREDICT, {"ensemble": {**DIALOGUE, "auxiliaries": AUXILIARIES[:1]}}, "needs two auxiliaries"),
         ("predict", PREDICT, {"ensemble": {**DIALOGUE, "route": "none"}}, "auxiliaries have no effect"),
         ("predict", PREDICT, {"ensemble": {**DIALOGUE, "primary": AUXILIARIES[0]}}, "different names"),

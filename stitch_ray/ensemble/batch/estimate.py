@@ -45,6 +45,8 @@ def _refinement(ready: Ready) -> str:
         return "nothing: what is not sure enough gets an abstention"
     who = " and ".join(member.name for member in ensemble.auxiliaries)
     which = "every answer" if ready.config.calibration else "what is not sure enough"
+    if ensemble.route == "exclude":
+        return f"{which}, {who} in at most {ensemble.exclude.max_attempts} further answers"
     return f"{which}, {who} in at most {ensemble.dialogue.max_turns} turns"
 
 

@@ -20,6 +20,8 @@ def describe(ready: Ready) -> str:
     ]
     if ensemble.route == "dialogue":
         lines.append(f"refine in a dialogue of at most {ensemble.dialogue.max_turns} turns")
+    if ensemble.route == "exclude":
+        lines.append(f"refine by at most {ensemble.exclude.max_attempts} further answers with the wrong ones excluded")
     token = "a bearer token" if http.token_env or http.token_file else "no token: whoever reaches it may ask"
     lines.append(f"listen http://{http.host}:{http.port}, {token}")
     lines.append(f"policy {promise(ready)}")
