@@ -346,3 +346,35 @@ def test_three_models_of_one_cpu_need_three_cpus_and_the_dry_run_says_what_would
     text = estimate.describe(preflight.check(as_config({**config, "calibration": True}, PredictConfig)))
     assert f"primary: {QUESTIONS + 1} questions" in text
     assert "every answer, anna and ben in at most 2 turns" in text
+
+
+@pytest.mark.slow
+def test_the_route_exclude_asks_again_and_a_policy_is_calibrated_on_it(
+    config: Values, ensemble: Values, primary: Path, tmp_path: Path
+) -> None:
+    """The primary itself answers again and judges, as a merged adapter would."""
+    again = {"model": {"path": str(primary), "name": "again", "dtype": "float32"}}
+    exclude = {"max_attempts": 2, "max_tokens": 6, "temperatures": [0.8], "threshold": 0.0}
+    changed = {**ensemble, "auxiliaries": [again], "route": "exclude", "exclude": exclude}
+    values = {**config, "ensemble": changed, "calibration": True}
+    found = run({**values, "data": {**config["data"], "limit": 40}}, tmp_path / "run")
+    rows = rows_of(found.folder)
+    refined = [row for row in rows if row["refined"] is not None]
+    assert refined
+    for row in refined:
+        turns = [one for one in json.loads(row["trace"]) if one.get("event") == "turn" or "speaker" in one]
+        assert turns[-1]["probability"] is not None
+        assert row["route"] == "exclude"
+        assert row["refined"].strip().lower() != row["draft"].strip().lower()
+        assert row["final_confidence"] is not None
+    failed = [row for row in rows if row["refined"] is None]
+    assert all(row["final_confidence"] is None for row in failed)
+    calibrating = {
+        "predictions": [str(found.folder)],
+        "route": "exclude",
+        "targets": [{"risk": 0.5, "delta": 0.2}],
+        "evaluation": {"bootstrap": 20},
+    }
+    made = run_job("calibrate", as_config(calibrating, CalibrateConfig), tmp_path / "policy").folder
+    assert str(Policy.load(made).fingerprints.route).startswith("exclude:")
+    fails("with route: dialogue only", {**values, "baselines": True})

@@ -342,6 +342,9 @@ def test_the_json_schema_is_valid_refuses_unknown_keys_and_takes_the_smallest_co
             "policy": "runs/policy",
         },
         "exar-merge": {"answers": ["runs/labelled"]},
+        "exar-refine": {"data": {"paths": ["questions.json"]}, "model": {"path": "models/tiny"}},
+        "exar-evaluate": {"refine": "runs/refine"},
+        "exar-run": {"data": {"paths": ["questions.json"]}, "model": {"path": "models/tiny"}},
     }[job]
     assert checker(schema).is_valid(smallest)
     assert not checker(schema).is_valid({**smallest, "ratings": {}})
