@@ -8,9 +8,9 @@ trained = finetune({"model": {"path": "some/model"}, "tasks": [{"name": "chat", 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stitch_ray.api import calibrate, finetune, predict, sample_answers, select, train_scorer
+    from stitch_ray.api import calibrate, exar_run, finetune, predict, sample_answers, select, train_scorer
 
-__all__ = ["calibrate", "finetune", "predict", "sample_answers", "select", "train_scorer"]
+__all__ = ["calibrate", "exar_run", "finetune", "predict", "sample_answers", "select", "train_scorer"]
 
 
 def __getattr__(name: str) -> Any:

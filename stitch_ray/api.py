@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 from stitch_ray.config import CONFIGS
 from stitch_ray.config.base import Strict
 from stitch_ray.config.calibrate import CalibrateConfig
+from stitch_ray.config.exar import ExarRunConfig
 from stitch_ray.config.finetune import FinetuneConfig
 from stitch_ray.config.loading import load_config, validate
 from stitch_ray.config.predict import PredictConfig
@@ -135,6 +136,20 @@ def predict(
     Arguments and errors as in `select`.
     """
     return run_job("predict", as_config(config, PredictConfig), out, address=address, overwrite=overwrite).folder
+
+
+def exar_run(
+    config: ExarRunConfig | Mapping[str, Any] | Path | str,
+    out: Path | str | None = None,
+    *,
+    address: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """The EXAR chain from questions to an evaluated refinement; return the run folder, with a folder for every stage.
+
+    Arguments and errors as in `select`. Its stages by themselves: `run_job("exar-merge", ...)` and so on.
+    """
+    return run_job("exar-run", as_config(config, ExarRunConfig), out, address=address, overwrite=overwrite).folder
 
 
 def as_config(config: _Config | Mapping[str, Any] | Path | str, model: type[_Config]) -> _Config:
