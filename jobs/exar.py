@@ -81,6 +81,7 @@ exar.command(name="run")(job_command("exar-run", limit="data.limit"))
 exar.command(name="merge")(job_command("exar-merge"))
 exar.command(name="refine")(job_command("exar-refine", limit="data.limit"))
 exar.command(name="evaluate")(job_command("exar-evaluate"))
+exar.command(name="judge")(job_command("exar-judge"))
 
 if __name__ == "__main__":
     exar()

@@ -32,6 +32,7 @@ _AREAS = {
     "exar-merge": "exclusion.merging",
     "exar-refine": "exclusion.refining",
     "exar-evaluate": "exclusion.evaluating",
+    "exar-judge": "exclusion.judging",
     "exar-run": "exclusion.chain",
 }
 """Job -> the package with its `preflight.check`, `estimate.describe`, `pipeline.check_cluster` and `pipeline.run` (`serve`

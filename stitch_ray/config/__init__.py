@@ -2,7 +2,13 @@
 
 from stitch_ray.config.base import Strict
 from stitch_ray.config.calibrate import CalibrateConfig
-from stitch_ray.config.exar import ExarEvaluateConfig, ExarMergeConfig, ExarRefineConfig, ExarRunConfig
+from stitch_ray.config.exar import (
+    ExarEvaluateConfig,
+    ExarJudgeConfig,
+    ExarMergeConfig,
+    ExarRefineConfig,
+    ExarRunConfig,
+)
 from stitch_ray.config.finetune import FinetuneConfig
 from stitch_ray.config.loading import load_config, parse_overrides
 from stitch_ray.config.predict import PredictConfig
@@ -22,6 +28,7 @@ CONFIGS: dict[str, type[Strict]] = {
     "exar-merge": ExarMergeConfig,
     "exar-refine": ExarRefineConfig,
     "exar-evaluate": ExarEvaluateConfig,
+    "exar-judge": ExarJudgeConfig,
     "exar-run": ExarRunConfig,
 }
 """Job name -> its configuration."""
@@ -30,6 +37,7 @@ __all__ = [
     "CONFIGS",
     "CalibrateConfig",
     "ExarEvaluateConfig",
+    "ExarJudgeConfig",
     "ExarMergeConfig",
     "ExarRefineConfig",
     "ExarRunConfig",

@@ -149,6 +149,21 @@ class ExarEvaluateConfig(Strict):
     seed: int = Field(0, ge=0, description="of the bootstrap")
 
 
+class ExarJudgeConfig(Strict):
+    """A validator on labelled answers, such as those that people have judged: how well it tells right from wrong."""
+
+    PATHS = ("answers.*", "model.path", "template")
+
+    answers: list[str] = Field(min_length=1, description="run folders of `exar label`")
+    model: ModelConfig = Field(description="the validator")
+    template: str = Field("chat", description="chat: the model's own chat template; raw: no markers; or a Jinja file")
+    threshold: float = Field(0.5, ge=0, le=1, description="an answer counts as CORRECT from this P(CORRECT) on")
+    max_tokens: int = Field(8, ge=1, description="longest reply in words, which is read beside P(CORRECT)")
+    bootstrap: int = Field(1000, ge=0, description="resamples of the questions behind the 95 % intervals")
+    ece_bins: int = Field(15, ge=2, description="bins of the calibration error")
+    seed: int = Field(0, ge=0, description="of the bootstrap")
+
+
 class ExarChainSplitConfig(Strict):
     """Three sides of the questions, by hash: for stage zero, for DATASET+, and for the evaluation."""
 

@@ -344,6 +344,7 @@ def test_the_json_schema_is_valid_refuses_unknown_keys_and_takes_the_smallest_co
         "exar-merge": {"answers": ["runs/labelled"]},
         "exar-refine": {"data": {"paths": ["questions.json"]}, "model": {"path": "models/tiny"}},
         "exar-evaluate": {"refine": "runs/refine"},
+        "exar-judge": {"answers": ["runs/labels"], "model": {"path": "models/tiny"}},
         "exar-run": {"data": {"paths": ["questions.json"]}, "model": {"path": "models/tiny"}},
     }[job]
     assert checker(schema).is_valid(smallest)

@@ -35,7 +35,7 @@ class Ready:
 def check(config: ExarMergeConfig) -> Ready:
     """Raises UserError for folders that are no finished runs of `exar label`, or models that do not say what they
     learned from."""
-    files = [_labelled(Path(path)) for path in config.answers]
+    files = [labelled_file(Path(path)) for path in config.answers]
     seen: set[str] = set()
     for path in config.held_out_from:
         if not (Path(path) / TRAINED_ON).is_file():
@@ -53,7 +53,8 @@ def answered(row: dict[str, Any]) -> Answered:
     return Answered(gold=tuple(row["gold"]), **{name: row[name] for name in names})
 
 
-def _labelled(folder: Path) -> Path:
+def labelled_file(folder: Path) -> Path:
+    """The answers of a run of `exar label`. Raises UserError if it is none, or unfinished."""
     manifest = read_manifest(folder)
     if manifest is None or manifest["job"] != "exar-label" or manifest.get("status") != "done":
         raise UserError(f"answers: {folder} is no finished run of exar label; make it with: stitch-ray exar label")

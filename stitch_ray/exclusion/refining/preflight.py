@@ -72,7 +72,7 @@ def check(config: ExarRefineConfig) -> Ready:
         except UserError as error:
             raise UserError(f"adapters.{name}: {error}") from error
     tokenizer_of = named.get("answer") or named.get("validator")
-    prompter, model_work = _model(config.model, config.template, config.attempts.max_tokens, tokenizer_of)
+    prompter, model_work = prompter_of(config.model, config.template, config.attempts.max_tokens, tokenizer_of)
     judge_prompter, judge_work = _validator(config)
     work = {
         "data": data_work(config.data, sources),
@@ -119,17 +119,20 @@ def _validator(config: ExarRefineConfig) -> tuple[Prompter | None, dict[str, Any
     if validator.model is None:
         return None, work
     try:
-        prompter, model = _model(validator.model, "chat", 1, None)
+        prompter, model = prompter_of(validator.model, "chat", 1, None)
     except UserError as error:
         raise UserError(f"validator.{error}") from error
     return prompter, {**work, "model": model}
 
 
-def _model(model: ModelConfig, template: str, max_tokens: int, adapter: str | None) -> tuple[Prompter, dict[str, Any]]:
-    """`adapter`: brings the tokenizer and the chat template that it was trained with."""
+def prompter_of(
+    model: ModelConfig, template: str, max_tokens: int, adapter: str | None, key: str = "attempts.max_tokens"
+) -> tuple[Prompter, dict[str, Any]]:
+    """How its prompts are rendered, and what its answers depend on. `adapter`: brings the tokenizer and the chat template
+    that it was trained with; `key` is the name of `max_tokens`. Raises UserError for a model that cannot be used."""
     fingerprint, tokenizer_at, context = model_identity(model)
     if max_tokens >= context:
-        raise UserError(f"attempts.max_tokens: {max_tokens} leaves no room for a question in a context of {context}")
+        raise UserError(f"{key}: {max_tokens} leaves no room for a question in a context of {context}")
     if adapter:
         tokenizer_at = tokenizer_path(adapter, tokenizer_at)
     tokenizer = load_tokenizer(tokenizer_at, trust_remote_code=model.trust_remote_code)

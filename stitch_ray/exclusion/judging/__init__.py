@@ -1,0 +1,1 @@
+"""`exar judge`: a validator on labelled answers."""
