@@ -19,6 +19,8 @@ from stitch_ray.config import CONFIGS
 from stitch_ray.data import formats, readers
 from stitch_ray.data.trained_on import read_trained_on, write_trained_on
 from stitch_ray.errors import UserError
+from stitch_ray.exclusion.labelling import label_files
+from stitch_ray.records import question_group
 from stitch_ray.runs import Summary
 from stitch_ray.training.tiny import make_tiny_model
 
@@ -262,3 +264,26 @@ def test_runs_of_other_questions_are_not_compared(refined: Summary, refining: Va
         run("exar-evaluate", {"refine": str(refined.folder), "controls": {"random": str(other.folder)}}, tmp_path / "e")
     with pytest.raises(UserError, match="is no finished run of exar refine"):
         run("exar-evaluate", {"refine": str(tmp_path)}, tmp_path / "e")
+
+
+def test_a_validator_is_measured_on_answers_that_it_has_not_learned_from(model: Path, tmp_path: Path) -> None:
+    rows = [
+        {**row, "gold": row["answer"], "prediction": answer, "human": "CORRECT" if answer == row["answer"] else "WRONG"}
+        for row in parities(40)
+        for answer in ("even", "odd")
+    ]
+    rows.append({**rows[0], "prediction": ""})
+    answers = write_lines(tmp_path / "answers.jsonl", [{k: v for k, v in row.items() if k != "answer"} for row in rows])
+    label_files([str(answers)], tmp_path / "labels", without_bert=True)
+    judge = Path(shutil.copytree(model, tmp_path / "judge"))
+    write_trained_on(judge, [question_group(f"Is {n} even or odd?", None) for n in range(5)])
+    config = {"answers": [str(tmp_path / "labels")], "model": {"path": str(judge)}, "bootstrap": 20}
+    found = run("exar-judge", config, tmp_path / "run")
+    assert found.facts["rows_dropped"] == {"answers to questions that the model learned from": 11}
+    verdicts = rows_of(found.folder, "verdicts.parquet")
+    assert len(verdicts) == 70
+    assert all(0 <= row["probability"] <= 1 and row["reply"] is not None for row in verdicts)
+    for truth in ("label", "human"):
+        one = found.facts["metrics"][truth]
+        assert (one["num"], one["majority"]) == (70, 0.5)
+        assert one["replies"]["unparsable"] == 70  # it knows no word but even and odd
