@@ -41,7 +41,7 @@ class ExarAdaptersConfig(Strict):
     """LoRA adapters of the model: one answers, one judges."""
 
     answer: str | None = Field(None, description="adapter that answers; default: the model alone")
-    validator: str | None = Field(None, description="adapter that judges; default: the model alone")
+    validator: str | None = Field(None, description="adapter that judges; default: whatever answers judges too")
     combine: Literal["switch", "cat"] = Field(
         "switch", description="switch: each in its place; cat: both concatenated to one adapter with both tasks"
     )

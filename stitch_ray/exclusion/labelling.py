@@ -11,11 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stitch_ray.data.corpus import inputs_hash
+from stitch_ray.engines.fingerprint import model_fingerprint
 from stitch_ray.exclusion.agreement import agreement
 from stitch_ray.exclusion.labels import CORRECT, Rule
 from stitch_ray.exclusion.rows import Row, read_rows, sources_of
 from stitch_ray.exclusion.scoring import Scored, bert_scores, check_bert, score
-from stitch_ray.runs import RunFolder, Summary, atomic_path, check_writable, write_json
+from stitch_ray.runs import RunFolder, Summary, atomic_path, check_writable, read_manifest, write_json
 
 LABELLED = "labelled.parquet"
 LABELLED_SCHEMA = pa.schema(
@@ -59,12 +60,6 @@ def label_files(
     without it, whether they bring it or not. For the rest see `read_rows`. Raises UserError for what only the caller can
     change.
     """
-    read = read_rows(paths, columns, sheet)
-    if without_bert:
-        read = replace(read, rows=tuple(replace(row, bert_f=None) for row in read.rows))
-    elif encoder is None:
-        check_bert(read.rows)
-    check_writable(out)
     sources = sources_of(paths)
     settings: dict[str, Any] = {
         "rule": asdict(rule),
@@ -74,13 +69,21 @@ def label_files(
         "sheet": sheet,
     }
     files = [str(file) for source in sources for file in _files(source)]
-    folder = RunFolder.open(
-        out, "exar-label", {"paths": list(paths), **settings}, {"made": "again"}, overwrite=overwrite
-    )
+    work = {"inputs": inputs_hash(files), **settings, "encoder": model_fingerprint(encoder) if encoder else None}
+    done = read_manifest(out)
+    if done is not None and done.get("status") == "done" and done.get("work") == work and not overwrite:
+        return _summary(out, done)
+    read = read_rows(paths, columns, sheet)
+    if without_bert:
+        read = replace(read, rows=tuple(replace(row, bert_f=None) for row in read.rows))
+    elif encoder is None:
+        check_bert(read.rows)
+    check_writable(out)
+    folder = RunFolder.open(out, "exar-label", {"paths": list(paths), **settings}, work, overwrite=overwrite)
     try:
         scored = score(read.rows, rule, bert_scores(encoder) if encoder else None)
-        facts = _facts(read.rows, scored)
         _write(out / LABELLED, labelled_table(read.rows, scored))
+        facts = _facts(read.rows, scored)
         write_json(out / "agreement.json", facts)
         folder.write_quarantine(read.quarantined)
         folder.manifest.update(
@@ -88,18 +91,21 @@ def label_files(
             rows_out=len(read.rows),
             rows_quarantined=len(read.quarantined),
             inputs={source: inputs_hash(list(map(str, _files(source)))) for source in sources},
-            inputs_hash=inputs_hash(files),
             **facts,
         )
         folder.finish()
     except BaseException as error:
         folder.fail(error)
         raise
+    return _summary(out, folder.manifest)
+
+
+def _summary(out: Path, facts: Mapping[str, Any]) -> Summary:
     line = (
-        f"exar label: {facts['correct']} of {len(read.rows)} answers CORRECT ({len(read.quarantined)} rows quarantined) "
-        f"-> {out / LABELLED}"
+        f"exar label: {facts['correct']} of {facts['rows_out']} answers CORRECT ({facts['rows_quarantined']} rows "
+        f"quarantined) -> {out / LABELLED}"
     )
-    return Summary(out, folder.manifest, line, _text(facts))
+    return Summary(out, facts, line, _text(facts))
 
 
 def labelled_table(rows: Sequence[Row], scored: Sequence[Scored]) -> pa.Table:

@@ -56,6 +56,7 @@ def write_report(path: Path, facts: ExarFacts) -> None:
         tiles=_tiles(metrics, named["refined"]),
         systems=[_system(row) for row in metrics["systems"]],
         budget=metrics["same_budget"],
+        voted=any(name.startswith("majority") for name in named),
         changes=metrics["changes"],
         why=[(_REASONS.get(name, name), count) for name, count in metrics["reasons"].items()],
         questions=metrics["questions"],

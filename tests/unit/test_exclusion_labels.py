@@ -14,7 +14,7 @@ from sklearn.metrics import accuracy_score, cohen_kappa_score
 from stitch_ray.errors import UserError
 from stitch_ray.exclusion.agreement import agreement
 from stitch_ray.exclusion.labelling import label_files
-from stitch_ray.exclusion.labels import CORRECT, WRONG, Label, label, read_label, rouge_l
+from stitch_ray.exclusion.labels import CORRECT, WRONG, Label, Rule, label, read_label, rouge_l
 from stitch_ray.exclusion.rows import read_rows
 
 ROW = {"question": "Who?", "gold": "Ada", "prediction": "Ada", "bert_f": 1.0}
@@ -149,3 +149,20 @@ def test_agreement_is_that_of_scikit_learn() -> None:
     assert ours.kappa == pytest.approx(cohen_kappa_score(*zip(*both, strict=True)))
     assert agreement([None], [CORRECT]).accuracy is None
     assert agreement([CORRECT], [CORRECT]).kappa is None
+
+
+def test_the_same_labels_are_not_made_twice_and_others_need_another_folder(tmp_path: Path) -> None:
+    source = lines(tmp_path / "a.jsonl", ROW)
+    label_files([source], tmp_path / "run")
+    before = (tmp_path / "run" / "labelled.parquet").stat().st_mtime_ns
+    assert label_files([source], tmp_path / "run").facts["correct"] == 1
+    assert (tmp_path / "run" / "labelled.parquet").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match=r"made with other settings \(rule.bert\)"):
+        label_files([source], tmp_path / "run", rule=Rule(bert=0.8))
+    assert label_files([source], tmp_path / "run", rule=Rule(bert=0.8), overwrite=True).facts["correct"] == 1
+
+
+def test_a_missing_encoder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no-encoder"):
+        label_files([lines(tmp_path / "a.jsonl", ROW)], tmp_path / "run", encoder=str(tmp_path / "no-encoder"))
+    assert not (tmp_path / "run").exists()
