@@ -96,6 +96,12 @@ def convert(
     )
 
 
+def check_format(key: str, name: str) -> None:
+    """Raises UserError, beginning with `key`, for a format that does not exist."""
+    if name != "auto" and name not in FORMATS:
+        raise UserError(f"{key}: {name!r} is not one of auto, {', '.join(sorted(FORMATS))}")
+
+
 def detect(records: Sequence[Record]) -> str:
     """The format of a sample, or "auto" when its records are of several formats.
 

@@ -54,8 +54,7 @@ class Ready:
 
 def check(config: SelectConfig) -> Ready:
     """Raises UserError for a missing input or model, an unsuitable tokenizer, or prompts that do not fit."""
-    if config.data.format != "auto" and config.data.format not in formats.FORMATS:
-        raise UserError(f"data.format: {config.data.format!r} is not one of auto, {', '.join(sorted(formats.FORMATS))}")
+    formats.check_format("data.format", config.data.format)
     sources = readers.expand(config.data.paths)
     if config.rating.prompts is None and config.rating.num_ratings != _BUILT_IN_RATINGS:
         raise UserError(

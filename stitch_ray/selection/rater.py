@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from stitch_ray.batch_files import readable
 from stitch_ray.config.base import ModelConfig
 from stitch_ray.engines.base import Engine
 from stitch_ray.engines.registry import load_engine
@@ -50,15 +51,7 @@ class RatingJob:
 
     def is_rated(self, batch_id: int) -> bool:
         """Whether the batch has a file that can be read to its end. A damaged one is removed."""
-        file = self.rating_file(batch_id)
-        if not file.exists():
-            return False
-        try:
-            pq.read_table(file, page_checksum_verification=True)
-        except (pa.ArrowInvalid, OSError):
-            file.unlink()
-            return False
-        return True
+        return readable(self.rating_file(batch_id))
 
 
 class Rater:

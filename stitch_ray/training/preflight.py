@@ -69,9 +69,7 @@ def check(config: FinetuneConfig) -> Ready:
     tokenizer = load_tokenizer(path, trust_remote_code=code)
     sources, templates = [], []
     for task in config.tasks:
-        if task.format != "auto" and task.format not in formats.FORMATS:
-            known = ", ".join(sorted(formats.FORMATS))
-            raise UserError(f"tasks.{task.name}.format: {task.format!r} is not one of auto, {known}")
+        formats.check_format(f"tasks.{task.name}.format", task.format)
         chosen = objective(task.objective or config.objective)
         if chosen.head != "causal_lm":
             raise UserError(f"tasks.{task.name}.objective: {chosen.name} trains a {chosen.head}, not a language model")

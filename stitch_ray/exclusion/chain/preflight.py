@@ -30,8 +30,7 @@ class Ready:
 
 def check(config: ExarRunConfig) -> Ready:
     """Raises UserError for missing files, a model that cannot be used, and keys that a stage would refuse."""
-    if config.data.format != "auto" and config.data.format not in formats.FORMATS:
-        raise UserError(f"data.format: {config.data.format!r} is not one of auto, {', '.join(sorted(formats.FORMATS))}")
+    formats.check_format("data.format", config.data.format)
     sources = readers.expand(config.data.paths)
     fingerprint, _, context = model_identity(config.model)
     if config.attempts.max_tokens >= context:

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from stitch_ray import ray_session
 from stitch_ray.batch_files import batch_file
+from stitch_ray.exclusion.batch_work import run_batches
 from stitch_ray.exclusion.datasets import Distinct
 from stitch_ray.exclusion.judging.preflight import Ready
 from stitch_ray.exclusion.judging.worker import ASKED_SCHEMA, JudgeJob, JudgeWorker
@@ -22,7 +23,7 @@ from stitch_ray.exclusion.measures import verdicts
 from stitch_ray.reliability.answers.pipeline import CALL_LOG_VARIABLE
 from stitch_ray.reliability.answers.plan import rows_a_batch
 from stitch_ray.reliability.evaluation import evaluate
-from stitch_ray.runs import Progress, RunFolder, Step, Summary, atomic_path, fresh_folder, write_json
+from stitch_ray.runs import Progress, RunFolder, Summary, atomic_path, fresh_folder, write_json
 
 VERDICTS, METRICS = "verdicts.parquet", "metrics.json"
 SCHEMA = pa.schema(
@@ -59,7 +60,8 @@ def run(ready: Ready, folder: RunFolder, progress: Progress = lambda step: None)
         tries=fresh_folder(work / "tries"),
         call_log=os.environ.get(CALL_LOG_VARIABLE),
     )
-    _judge(job, sizes, progress)
+    model = ready.config.model
+    run_batches(JudgeWorker, job, model, sizes, progress, stage=f"judging with {model.name}", unit="answers")
     found = {
         row["answer_id"]: row
         for batch in range(len(sizes))
@@ -146,32 +148,6 @@ def _write_asked(folder: Path, answers: Sequence[Distinct]) -> list[int]:
         with atomic_path(batch_file(folder, number)) as temporary:
             pq.write_table(pa.Table.from_pylist(rows[start : start + each], ASKED_SCHEMA), temporary)
     return [min(each, len(rows) - start) for start in range(0, len(rows), each)]
-
-
-def _judge(job: JudgeJob, sizes: Sequence[int], progress: Progress) -> None:
-    import ray.data
-
-    pending = [batch for batch in range(len(sizes)) if not job.is_done(batch)]
-    total, model = sum(sizes), job.config.model
-    done = total - sum(sizes[batch] for batch in pending)
-    stage = f"judging with {model.name}"
-    progress(Step(stage=stage, done=done, total=total, unit="answers"))
-    if not pending:
-        return
-    items = [{"batch_id": batch} for batch in pending]
-    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        JudgeWorker,
-        batch_size=1,
-        fn_constructor_args=(job,),
-        compute=ray.data.ActorPoolStrategy(size=min(model.replicas, len(items))),
-        num_cpus=model.num_threads,
-        num_gpus=model.num_gpus,
-    )
-    for row in dataset.iter_rows():
-        if row["error"]:
-            raise RuntimeError(row["error"])
-        done += int(row["answers"])
-        progress(Step(stage=stage, done=done, total=total, unit="answers"))
 
 
 def _row(one: Distinct) -> dict[str, Any]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -17,14 +15,13 @@ from stitch_ray.batch_files import audit, batch_file, count_attempt, readable, w
 from stitch_ray.config.exar import ExarJudgeConfig
 from stitch_ray.data.quarantine import BadRow
 from stitch_ray.engines.base import Engine, EngineError, Request, Sampling
+from stitch_ray.exclusion.batch_work import BatchActor
 from stitch_ray.exclusion.labels import CORRECT, WRONG
 from stitch_ray.exclusion.prompts import validator_prompt
 from stitch_ray.records import Example, Turn
 from stitch_ray.reliability.answers.questions import Prompter
 from stitch_ray.reliability.signals.prompted import probability_of
 from stitch_ray.training.objectives import SFT
-
-log = logging.getLogger(__name__)
 
 ASKED_SCHEMA = pa.schema(
     [("answer_id", pa.string()), ("question", pa.string()), ("context", pa.string()), ("answer", pa.string())]
@@ -50,15 +47,11 @@ class JudgeJob:
         return readable(batch_file(self.results, batch_id))
 
 
-class JudgeWorker:
-    """A Ray Data actor. Loads the validator when the first batch needs it."""
+class JudgeWorker(BatchActor):
+    """Loads the validator when the first batch needs it."""
 
     def __init__(self, job: JudgeJob) -> None:
         self._job = job
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        done = [self._report(int(number)) for number in batch["batch_id"]]
-        return {key: np.array([row[key] for row in done]) for key in done[0]}
 
     @cached_property
     def _engine(self) -> Engine:
@@ -67,15 +60,7 @@ class JudgeWorker:
 
         return TemplatedEngine(load_engine(self._job.config.model), self._job.prompter.chat_template())
 
-    def _report(self, batch_id: int) -> dict[str, Any]:
-        """What was done, or why it failed: Ray Data wraps what a worker raises and loses the reason."""
-        try:
-            return {"answers": self._do(batch_id), "error": ""}
-        except Exception as error:
-            log.exception("batch %d", batch_id)
-            return {"answers": 0, "error": f"batch {batch_id}: {str(error) or type(error).__name__}"}
-
-    def _do(self, batch_id: int) -> int:
+    def do(self, batch_id: int) -> tuple[int, int]:
         job = self._job
         count_attempt(job.tries, batch_id, "lower model.batch_tokens")
         rows = pq.read_table(batch_file(job.asked, batch_id)).to_pylist()
@@ -95,7 +80,7 @@ class JudgeWorker:
                 VERDICT_SCHEMA,
             ),
         )
-        return len(rows)
+        return len(rows), 0
 
 
 def prompt_of(question: str, context: str | None, answer: str) -> tuple[Turn, ...]:

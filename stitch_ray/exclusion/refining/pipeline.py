@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from stitch_ray.config.exar import ExarRefineConfig
 from stitch_ray.data.corpus import build_corpus
 from stitch_ray.data.splits import split_of
 from stitch_ray.errors import UserError
+from stitch_ray.exclusion.batch_work import run_batches
 from stitch_ray.exclusion.combining import concatenate
 from stitch_ray.exclusion.refining.preflight import Ready
 from stitch_ray.exclusion.refining.results import Outcome, put_together
@@ -28,7 +28,6 @@ from stitch_ray.reliability.answers.plan import PLAN, rows_a_batch
 from stitch_ray.reliability.answers.questions import QUESTION_SCHEMA, Questions, plan_questions
 from stitch_ray.runs import Progress, RunFolder, Step, Summary, atomic_path, fresh_folder
 
-_MOST_BLOCKS = 1000
 _OTHER_SIDE = "question of the other side of the split"
 
 
@@ -49,7 +48,9 @@ def run(ready: Ready, folder: RunFolder, progress: Progress = lambda step: None)
         raise UserError(f"data.paths: no {config.questions} question to ask in {', '.join(ready.sources)}")
     folder.disposable = False
     job = _job(ready, work)
-    seconds = _refine(job, sizes, progress)
+    started = time.monotonic()
+    run_batches(Refiner, job, config.model, sizes, progress, stage=f"refining with {ready.name}", unit="questions")
+    seconds = time.monotonic() - started
     outcome = put_together(job, folder.path, len(sizes))
     quarantined = [*corpus.quarantined, *questions.quarantined, *outcome.failed]
     folder.write_quarantine(quarantined)
@@ -136,36 +137,6 @@ def _job(ready: Ready, work: Path) -> RefineJob:
         tries=fresh_folder(work / "tries"),
         call_log=os.environ.get(CALL_LOG_VARIABLE),
     )
-
-
-def _refine(job: RefineJob, sizes: Sequence[int], progress: Progress) -> float:
-    """Do the batches that have no file yet; seconds that took. Raises RuntimeError for one that failed."""
-    import ray.data
-
-    started = time.monotonic()
-    pending = [batch for batch in range(len(sizes)) if not job.is_done(batch)]
-    model, total = job.config.model, sum(sizes)
-    done = total - sum(sizes[batch] for batch in pending)
-    stage, tokens = f"refining with {job.name}", 0
-    progress(Step(stage=stage, done=done, total=total, unit="questions"))
-    if not pending:
-        return 0.0
-    items = [{"batch_id": batch} for batch in pending]
-    dataset = ray.data.from_items(items, override_num_blocks=min(len(items), _MOST_BLOCKS)).map_batches(
-        Refiner,
-        batch_size=1,
-        fn_constructor_args=(job,),
-        compute=ray.data.ActorPoolStrategy(size=min(model.replicas, len(items))),
-        num_cpus=model.num_threads,
-        num_gpus=model.num_gpus,
-    )
-    for row in dataset.iter_rows():
-        if row["error"]:
-            raise RuntimeError(row["error"])
-        done += int(row["questions"])
-        tokens += int(row["tokens"])
-        progress(Step(stage=stage, done=done, total=total, tokens=tokens, unit="questions"))
-    return time.monotonic() - started
 
 
 def _line(folder: RunFolder) -> str:

@@ -56,8 +56,7 @@ class Ready:
 def check(config: ExarRefineConfig) -> Ready:
     """Raises UserError for a missing input, model or scorer, adapters of another model, too little room, and a scorer
     that needs signals."""
-    if config.data.format != "auto" and config.data.format not in formats.FORMATS:
-        raise UserError(f"data.format: {config.data.format!r} is not one of auto, {', '.join(sorted(formats.FORMATS))}")
+    formats.check_format("data.format", config.data.format)
     sources = readers.expand(config.data.paths)
     adapters = {"answer": config.adapters.answer, "validator": config.adapters.validator}
     named = {name: path for name, path in adapters.items() if path}

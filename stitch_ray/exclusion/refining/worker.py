@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import json
-import logging
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from stitch_ray.batch_files import audit, batch_file, count_attempt, readable, write_batch
 from stitch_ray.config.exar import AttemptsConfig, ExarRefineConfig
 from stitch_ray.engines.base import Engine, EngineError, Generation, Request, Sampling
+from stitch_ray.exclusion.batch_work import BatchActor
 from stitch_ray.exclusion.judges import Judge, ModelJudge, OracleJudge, RandomJudge, ScorerJudge
 from stitch_ray.exclusion.prompts import exclusion_prompt
 from stitch_ray.exclusion.refinement import Attempt, Refinement, Rules
 from stitch_ray.reliability.answers.questions import Prompter, Question, read_questions
 from stitch_ray.reliability.answers.sampling import sample_seed
-
-log = logging.getLogger(__name__)
 
 ANSWER, VALIDATOR = "answer", "validator"
 """Names of the two adapters in the engine."""
@@ -68,15 +63,11 @@ def rules_of(config: ExarRefineConfig) -> Rules:
     )
 
 
-class Refiner:
-    """A Ray Data actor. Loads its models when the first batch needs them."""
+class Refiner(BatchActor):
+    """Loads its models when the first batch needs them."""
 
     def __init__(self, job: RefineJob) -> None:
         self._job = job
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        done = [self._report(int(number)) for number in batch["batch_id"]]
-        return {key: np.array([row[key] for row in done]) for key in done[0]}
 
     @cached_property
     def _engine(self) -> Engine:
@@ -115,18 +106,7 @@ class Refiner:
     def _answering(self) -> str | None:
         return ANSWER if ANSWER in self._job.adapters else None
 
-    def _report(self, batch_id: int) -> dict[str, Any]:
-        """What the batch cost, or why it failed: Ray Data wraps what a worker raises and loses the reason."""
-        started = time.time()
-        cost = {"questions": 0, "failed": 0, "reason": "", "tokens": 0, "error": ""}
-        try:
-            cost.update(self._do(batch_id))
-        except Exception as error:
-            log.exception("batch %d", batch_id)
-            cost["error"] = f"batch {batch_id} of {self._job.name}: {str(error) or type(error).__name__}"
-        return {**cost, "batch_id": batch_id, "seconds": time.time() - started}
-
-    def _do(self, batch_id: int) -> dict[str, Any]:
+    def do(self, batch_id: int) -> tuple[int, int]:
         job = self._job
         count_attempt(job.tries, batch_id, _ADVICE)
         questions = read_questions(batch_file(job.questions, batch_id))
@@ -136,10 +116,9 @@ class Refiner:
             {"example_id": one.example_id, "trace": json.dumps(state.trace()), "problem": problems.get(number)}
             for number, (one, state) in enumerate(zip(questions, found, strict=True))
         ]
-        failed = [problems[number] for number, state in enumerate(found) if not state.attempts]
         tokens = sum(state.tokens for state in found)
         write_batch(batch_file(job.results, batch_id), pa.Table.from_pylist(rows, RESULT_SCHEMA), {"tokens": tokens})
-        return {"questions": len(rows), "failed": len(failed), "reason": (failed or [""])[0], "tokens": tokens}
+        return len(rows), tokens
 
     def _refine(self, questions: Sequence[Question]) -> tuple[list[Refinement], dict[int, str]]:
         """All attempts at all questions, one attempt of every open question at a time."""

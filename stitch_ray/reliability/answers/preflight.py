@@ -54,8 +54,7 @@ class Ready:
 
 def check(config: SampleAnswersConfig) -> Ready:
     """Raises UserError for a missing input, model or server, signals that the engine cannot give, or too little room."""
-    if config.data.format != "auto" and config.data.format not in formats.FORMATS:
-        raise UserError(f"data.format: {config.data.format!r} is not one of auto, {', '.join(sorted(formats.FORMATS))}")
+    formats.check_format("data.format", config.data.format)
     sources = readers.expand(config.data.paths)
     kind = config.model.engine if config.model else "endpoint"
     missing = unsupported(config.signals.names, kind)
