@@ -25,6 +25,7 @@ from serve_apps.recorder import Recorder
 from serve_apps.scorer import ScorerDeployment
 from serve_apps.tokens import digests, read_tokens
 from stitch_ray.config.ensemble import AutoscalingConfig, MemberConfig
+from stitch_ray.config.loading import validate
 from stitch_ray.config.serve import ServeConfig
 from stitch_ray.ensemble.serving.preflight import Ready, check
 from stitch_ray.records import content_hash
@@ -46,9 +47,12 @@ QUIET = {"enable_access_log": False}
 """Logging of the replicas: a line for every call of every member would cost more than it tells beside the metrics."""
 
 
-def app_builder(args: ServeConfig) -> Application:
-    """The application that Serve's YAML names. Raises UserError for what the configuration names and is not there."""
-    return build(args)
+def app_builder(args: dict[str, Any]) -> Application:
+    """The application that Serve's YAML names. Raises UserError for wrong keys, and for what they name and is not there.
+
+    Serve would make a configuration of `args` by itself only if this module evaluated its annotations.
+    """
+    return build(validate(ServeConfig, args, "args"))
 
 
 def build(config: ServeConfig | Ready) -> Application:

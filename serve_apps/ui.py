@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Sequence
+from typing import Any
 
 from ray import serve
 from ray.serve import Application
@@ -13,6 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve_apps.tokens import page_token, read_tokens
 from serve_apps.web.guard import accepted, digest
+from stitch_ray.config.loading import validate
 from stitch_ray.config.serve import ServeConfig
 
 ROUTE = "/ui"
@@ -79,9 +81,9 @@ def build(config: ServeConfig, url: str | None = None) -> Application:
     )
 
 
-def app_builder(args: ServeConfig) -> Application:
-    """For Serve's YAML: the same `args` as the ensemble's."""
-    return build(args)
+def app_builder(args: dict[str, Any]) -> Application:
+    """For Serve's YAML: the same `args` as the ensemble's. Raises UserError for keys that are wrong."""
+    return build(validate(ServeConfig, args, "args"))
 
 
 def local_url(host: str, port: int) -> str:

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ray.serve import Application
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve.schema import ServeDeploySchema
 
 from serve_apps.ui import local_url
 from stitch_ray.config import ServeConfig, load_config
+from stitch_ray.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")
 
@@ -31,9 +34,16 @@ def test_files_for_serve_deploy_name_builders_that_take_their_arguments(file: Pa
     schema = ServeDeploySchema.model_validate(yaml.safe_load(file.read_text()))
     assert schema.http_options.request_timeout_s
     for application in schema.applications:
-        module, _, builder = application.import_path.partition(":")
-        assert callable(getattr(importlib.import_module(module), builder))
-        ServeConfig.model_validate(application.args)
+        module, _, name = application.import_path.partition(":")
+        builder = getattr(importlib.import_module(module), name)
+        # As Serve calls it, which hands over the plain mapping unless it finds a model in the annotations.
+        if name == "app_builder" and module.endswith("ui"):
+            assert isinstance(call_user_app_builder_with_args_if_necessary(builder, application.args), Application)
+        else:
+            with pytest.raises(UserError, match="/shared/"):  # it looks for the models, which are not here
+                call_user_app_builder_with_args_if_necessary(builder, application.args)
+        with pytest.raises(UserError, match=r"args: polcy: unknown key"):
+            call_user_app_builder_with_args_if_necessary(builder, {**application.args, "polcy": 1})
 
 
 def test_replicas_reach_the_proxy_of_their_own_node() -> None:
