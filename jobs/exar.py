@@ -40,10 +40,14 @@ def label(
         typer.Option("--column", metavar="ROLE=NAME", help="which column is the question, gold, prediction, ..."),
     ] = None,
     sheet: Annotated[str | None, typer.Option("--sheet", metavar="NAME", help="only this sheet of a workbook")] = None,
-    rouge_f: Annotated[float, typer.Option(help="ROUGE-L F above this, with BERTScore, is CORRECT")] = 0.5,
-    bert_with_rouge: Annotated[float, typer.Option(help="least BERTScore F beside it")] = 0.5,
-    rouge_p_or_r: Annotated[float, typer.Option(help="ROUGE-L precision or recall above this is CORRECT")] = 0.6,
-    bert: Annotated[float, typer.Option(help="BERTScore F above this is CORRECT")] = 0.9,
+    rouge_f: Annotated[
+        float, typer.Option(min=0, max=1, help="ROUGE-L F above this, with BERTScore, is CORRECT")
+    ] = 0.5,
+    bert_with_rouge: Annotated[float, typer.Option(min=0, max=1, help="least BERTScore F beside it")] = 0.5,
+    rouge_p_or_r: Annotated[
+        float, typer.Option(min=0, max=1, help="ROUGE-L precision or recall above this is CORRECT")
+    ] = 0.6,
+    bert: Annotated[float, typer.Option(min=0, max=1, help="BERTScore F above this is CORRECT")] = 0.9,
     overwrite: Overwrite = False,
 ) -> None:
     """Label answers CORRECT or WRONG by their agreement with the gold answers; print how that agrees with the labels

@@ -27,6 +27,7 @@ from stitch_ray.reliability.policy import Policy, Target
 from stitch_ray.reliability.probability import Isotonic
 from stitch_ray.reliability.scorer.file import ScorerFile
 from stitch_ray.reliability.scorer.logistic import LogisticStack
+from tests.unit.test_engine_adapters import make_adapter
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")]
 
@@ -75,6 +76,22 @@ def config_file(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, othe
     Policy((target(0.5, 0.0), target(0.3, 2.0), target(0.1, None)), fingerprints, {"loss": "error"}).save(
         folder / "policy.json"
     )
+    file = folder / "serve.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+def written(folder: Path, ensemble: dict[str, Any], target: Target) -> Path:
+    """A configuration of these members with a policy of one promise."""
+    values: dict[str, Any] = {
+        "ensemble": ensemble,
+        "scorer": str(make_scorer(folder / "scorer")),
+        "policy": str(folder / "policy.json"),
+        "http": {"port": 0, "token_env": "TEST_SERVE_TOKEN"},
+    }
+    config = ServeConfig.model_validate(values)
+    fingerprints = ensemble_fingerprints(config.ensemble, ScorerFile.load(config.scorer).fingerprint)
+    Policy((target,), fingerprints, {"loss": "error"}).save(folder / "policy.json")
     file = folder / "serve.yaml"
     file.write_text(yaml.safe_dump(values))
     return file
@@ -147,6 +164,67 @@ def test_tiny_models_answer_refine_and_abstain_and_the_page_is_there(config_file
                 assert found.status_code == 200, asset
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 0
+
+
+@pytest.mark.slow
+def test_each_task_is_answered_by_its_adapter(tmp_path: Path, tiny_model: Path) -> None:
+    adapters = {name: make_adapter(tiny_model, tmp_path / name, f" {name} sky") for name in ("blue", "grey")}
+    primary = {"model": {"path": str(tiny_model)}, "max_tokens": 8, "adapters": adapters, "max_adapters": 1}
+    file = written(tmp_path, {"primary": primary}, target(0.5, 0.0))
+    with (
+        serving(
+            file,
+            "--set",
+            "ensemble.primary.autoscaling.min_replicas=2",
+            "--set",
+            "ensemble.primary.autoscaling.max_replicas=2",
+        ) as (_, url),
+        httpx.Client(base_url=url, headers={"authorization": f"Bearer {TOKEN}"}, timeout=60, trust_env=False) as client,
+    ):
+
+        def ask(task: str | None) -> dict[str, Any]:
+            body = {"question": "What is above?", **({"task": task} if task else {})}
+            response = client.post("/v1/predict", json=body)
+            assert response.status_code == 200, response.text
+            found: dict[str, Any] = response.json()
+            return found
+
+        first = {task: ask(task) for task in (None, "blue", "grey")}
+        assert len({one["confidence"] for one in first.values()}) == 3
+        # One adapter at a time fits a replica: whatever is asked in between, each task keeps its own.
+        for task in ("grey", "blue", None, "blue", "grey", None):
+            again = ask(task)
+            assert again["answer"] == first[task]["answer"]
+            assert again["confidence"] == pytest.approx(first[task]["confidence"], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_a_vllm_primary_whose_drafts_are_asked_again_with_the_draft_excluded(
+    tmp_path: Path, tiny_model: Path, other_tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    ensemble = {
+        "primary": {"model": {"path": str(tiny_model), "name": "primary", "engine": "vllm"}, "max_tokens": 8},
+        "auxiliaries": [
+            {"model": {"path": str(other_tiny_model), "name": "again"}},
+            {"model": {"path": str(tiny_model), "name": "validator"}},
+        ],
+        "route": "exclude",
+        "exclude": {"max_attempts": 2, "max_tokens": 8, "threshold": 0.0},
+    }
+    with (
+        serving(written(tmp_path, ensemble, target(0.5, 2.0))) as (_, url),
+        httpx.Client(base_url=url, headers={"authorization": f"Bearer {TOKEN}"}, timeout=60, trust_env=False) as client,
+    ):
+        response = client.post("/v1/predict", json={"question": "Name a river."})
+        assert response.status_code == 200, response.text
+        found = response.json()
+        assert (found["decision"], found["reason"], found["route"]) == ("abstain", "unsure", "exclude")
+        turns = [entry for entry in found["trace"] if entry["stage"] == "turn"]
+        assert turns
+        assert turns[-1]["speaker"] == "again"
+        assert 0 <= turns[-1]["probability"] <= 1
+        assert found["calls"] >= 4  # draft, answer, verdict, and the refined answer read by the primary
 
 
 def test_what_is_wrong_is_said_before_anything_starts(

@@ -63,6 +63,12 @@ def test_two_adapters_share_their_base_and_stage_zero_is_merged_for_them() -> No
     assert len(stages(stage_zero=None).exar().tasks) == 1
 
 
+def test_training_runs_where_the_model_runs_unless_a_section_says_otherwise() -> None:
+    made = stages(model={"path": "base", "num_gpus": 1, "num_threads": 2}, exar={"resources": {"num_gpus": 2}})
+    assert (made.validator().resources.num_gpus, made.validator().resources.num_threads) == (1, 2)
+    assert (made.exar().resources.num_gpus, made.exar().resources.num_threads) == (2, 2)
+
+
 def test_controls_take_the_validators_place() -> None:
     made = stages(validator={"method": "lora"}, exar={"method": "lora"}, threshold=0.7)
     kinds = {name: made.refine(name) for name in ("oracle", "random", "always")}

@@ -158,7 +158,14 @@ class Stages:
         if "path" in wanted:
             raise UserError(f"{section}.model.path: the chain sets it; leave it out")
         dtype = {} if self._config.model.dtype in ("auto", "float16") else {"dtype": self._config.model.dtype}
-        values = {"seed": self._config.seed, **own, "tasks": tasks, "model": {"path": model, **dtype, **wanted}}
+        place = self._config.model.model_dump(include={"num_threads", "num_gpus"})
+        values = {
+            "seed": self._config.seed,
+            **own,
+            "tasks": tasks,
+            "model": {"path": model, **dtype, **wanted},
+            "resources": {**place, **(own.get("resources") or {})},
+        }
         return validate(FinetuneConfig, values, section)
 
     def _is_adapter(self, section: str) -> bool:
