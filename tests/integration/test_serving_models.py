@@ -199,12 +199,11 @@ def test_each_task_is_answered_by_its_adapter(tmp_path: Path, tiny_model: Path) 
 
 
 @pytest.mark.slow
-def test_a_vllm_primary_whose_drafts_are_asked_again_with_the_draft_excluded(
-    tmp_path: Path, tiny_model: Path, other_tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_draft_that_is_not_sure_enough_is_excluded_and_the_question_asked_again(
+    tmp_path: Path, tiny_model: Path, other_tiny_model: Path
 ) -> None:
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     ensemble = {
-        "primary": {"model": {"path": str(tiny_model), "name": "primary", "engine": "vllm"}, "max_tokens": 8},
+        "primary": {"model": {"path": str(tiny_model), "name": "primary"}, "max_tokens": 8},
         "auxiliaries": [
             {"model": {"path": str(other_tiny_model), "name": "again"}},
             {"model": {"path": str(tiny_model), "name": "validator"}},
