@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -22,11 +23,11 @@ class BatchJob(Protocol):
         ...
 
 
-class BatchActor:
+class BatchActor(ABC):
     """A Ray Data actor; a subclass does one batch and returns how many rows it had and how many tokens they took."""
 
-    def do(self, batch_id: int) -> tuple[int, int]:
-        raise NotImplementedError
+    @abstractmethod
+    def do(self, batch_id: int) -> tuple[int, int]: ...
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         done = [self._report(int(number)) for number in batch["batch_id"]]

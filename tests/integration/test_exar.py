@@ -132,6 +132,8 @@ def test_two_adapters_on_one_base_and_controls_that_hold_what_they_say(chain: Su
     assert named["first answer"]["calls"] == 1.0
     assert any(name.startswith("majority of") for name in named)
     assert chain.facts["validator"]["num"] > 0
+    metrics = json.loads((chain.folder / "metrics.json").read_text())
+    assert metrics["systems"] == chain.facts["systems"]
     page = (chain.folder / "report.html").read_text()
     assert "What calls buy" in page
 

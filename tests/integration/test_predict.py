@@ -362,7 +362,7 @@ def test_the_route_exclude_asks_again_and_a_policy_is_calibrated_on_it(
     refined = [row for row in rows if row["refined"] is not None]
     assert refined
     for row in refined:
-        turns = [one for one in json.loads(row["trace"]) if one.get("event") == "turn" or "speaker" in one]
+        turns = [one for one in json.loads(row["trace"]) if one["stage"] == "turn"]
         assert turns[-1]["probability"] is not None
         assert row["route"] == "exclude"
         assert row["refined"].strip().lower() != row["draft"].strip().lower()

@@ -117,7 +117,7 @@ def curves(ready: Ready) -> dict[str, list[tuple[float, float]]]:
     longest = max(len(own) for own in by_question)
     points = []
     for k in range(1, longest + 1):
-        calls = [sum(1 + (one["checked"] == "judged") for one in own[:k]) for own in by_question]
+        calls = [sum(1 + one["checked"].startswith("judge") for one in own[:k]) for own in by_question]
         rights = [_right_by(own[:k], ready.refined) for own in by_question]
         points.append((float(np.mean(calls)), float(np.mean(rights))))
     found["refined, k attempts"] = points
@@ -126,7 +126,11 @@ def curves(ready: Ready) -> dict[str, list[tuple[float, float]]]:
 
 def _right_by(own: Sequence[dict[str, Any]], refined: Refined) -> bool:
     threshold = float(refined.manifest["work"]["validator"]["threshold"])
-    accepted = [one for one in own if one["checked"] == "unjudged" or (one["probability"] or -1.0) >= threshold]
+    accepted = [
+        one
+        for one in own
+        if one["checked"] == "unjudged" or (one["probability"] is not None and one["probability"] >= threshold)
+    ]
     return bool(accepted and accepted[0]["correct"])
 
 
