@@ -11,29 +11,23 @@ stage zero have one answer each. The data is the folder `exar` in STITCH_RAY_DAT
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
 from importlib.util import find_spec
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import openpyxl
 import typer
 
+from benchmarks.exar_answers import PUBLISHED, Row, apart, dolly, question_key, squad
+from benchmarks.exar_answers import folder as answers_folder
 from benchmarks.harness import publish, table
 from stitch_ray.api import train_scorer
 from stitch_ray.evaluation.answers import normalise_answer, rouge_l
 
 SIGNALS = ("self_consistency", "lexical_similarity")
-TEMPERATURES = ("0.1", "0.6", "0.8")
-PUBLISHED = {"squad": 0.7659, "dolly": 0.5746}
-"""Accuracy of the published meta-validators, on the rows they were trained on."""
-
-Row = dict[str, Any]
 
 
 def main(
@@ -46,14 +40,12 @@ def main(
     name: Annotated[str, typer.Option(help="name of the result files")] = "exar-scorer-cpu",
 ) -> None:
     """Train and measure both scorers, once a seed."""
-    default = Path(os.environ.get("STITCH_RAY_DATA", Path(__file__).parents[2] / "shared" / "data")) / "exar"
-    sources = {"squad": squad, "dolly": dolly}
     rows: list[Row] = []
     facts: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="stitch-ray-exar-") as scratch:
         folder = out or Path(scratch)
-        for source, read in sources.items():
-            learned, judged = read(data or default)
+        for source in ("squad", "dolly"):
+            learned, judged = _parts(source, answers_folder(data))
             files = {part: _write(folder / f"{source}-{part}.jsonl", of) for part, of in
                      (("learned", learned), ("judged", judged))}  # fmt: skip
             runs = []
@@ -84,28 +76,11 @@ def main(
         publish(name, "Reliability scorer on EXAR's answers", {"Measured": _text(facts) + table(rows)}, facts, command)
 
 
-def squad(folder: Path) -> tuple[list[Row], list[Row]]:
+def _parts(source: str, folder: Path) -> tuple[list[Row], list[Row]]:
     """(Answers with rule labels to questions that nobody judged, answers that people judged)."""
-    every = [
-        {**_answer(row, "question", "answer_text", f"squad/{temperature}/{number}"), **_labels(row)}
-        for temperature in TEMPERATURES
-        for number, row in enumerate(_sheet(folder / "squad" / f"squad_preds_metrics_t{temperature}_deberta.xlsx"))
-    ]
-    return _apart(_with_agreement(every))
-
-
-def dolly(folder: Path) -> tuple[list[Row], list[Row]]:
-    """As `squad`; the rule-labelled answers are those of the thousand questions of stage zero."""
-    stage_zero = [
-        {**_answer(row, "Question", "response", f"dolly/{number}"), "rule": row["validation"], "human": None}
-        for number, row in enumerate(_sheet(folder / "dolly" / "dolly_openqa.xlsx"))
-    ]
-    judged = [
-        {**_answer(row, "instruction", "response", f"dolly/{temperature}/{number}"), **_labels(row)}
-        for temperature in TEMPERATURES
-        for number, row in enumerate(_sheet(folder / "dolly" / f"dolly_preds_metrics_t{temperature}_deberta.xlsx"))
-    ]
-    return _apart([*stage_zero, *judged])
+    every = _with_agreement(squad(folder)) if source == "squad" else dolly(folder)
+    learned, judged = apart(every)
+    return [_labelled(row, "label") for row in learned], [_labelled(row, "human") for row in judged]
 
 
 def minilm() -> str:
@@ -120,10 +95,10 @@ def _with_agreement(rows: list[Row]) -> list[Row]:
     """Every answer beside the two of the other temperatures: equal after normalisation, and ROUGE-L over all pairs."""
     by_question = defaultdict(list)
     for row in rows:
-        by_question[_key(row["question"])].append(row["answer"])
+        by_question[question_key(row)].append(row["answer"])
     found = []
     for row in rows:
-        answers = by_question[_key(row["question"])]
+        answers = by_question[question_key(row)]
         own = normalise_answer(row["answer"])
         same = sum(normalise_answer(answer) == own for answer in answers) - 1
         pairs = [rouge_l(one, other)[2] for one, other in combinations(answers, 2)]
@@ -132,34 +107,9 @@ def _with_agreement(rows: list[Row]) -> list[Row]:
     return found
 
 
-def _apart(rows: list[Row]) -> tuple[list[Row], list[Row]]:
-    judged = {_key(row["question"]) for row in rows if row["human"]}
-    learned = [_labelled(row, "rule") for row in rows if _key(row["question"]) not in judged]
-    return learned, [_labelled(row, "human") for row in rows if row["human"]]
-
-
-def _key(question: str) -> str:
-    return " ".join(question.split()).casefold()
-
-
 def _labelled(row: Row, by: str) -> Row:
     kept = ("answer_id", "question", "answer", *SIGNALS)
     return {**{key: row[key] for key in kept if key in row}, "correct": row[by] == "CORRECT"}
-
-
-def _answer(row: Row, question: str, _reference: str, answer_id: str) -> Row:
-    return {"answer_id": answer_id, "question": str(row[question]), "answer": str(row["Generated_Response"] or "")}
-
-
-def _labels(row: Row) -> Row:
-    return {"rule": row["VALIDATION"], "human": row["HUMAN"] or None}
-
-
-def _sheet(file: Path) -> Iterator[Row]:
-    rows = openpyxl.load_workbook(file, read_only=True).worksheets[0].iter_rows(values_only=True)
-    head = next(rows)
-    for row in rows:
-        yield dict(zip(head, row, strict=True))
 
 
 def _write(file: Path, rows: list[Row]) -> Path:
@@ -179,7 +129,7 @@ def _rows(source: str, runs: list[Any]) -> list[Row]:
         {
             "answers": beside["answers"],
             "scorer": "published (own training rows)",
-            "accuracy": f"{PUBLISHED[source]:.3f}",
+            "accuracy": f"{PUBLISHED[source]['accuracy']:.3f}",
             **empty,
         }
     )

@@ -10,6 +10,7 @@ import typer
 
 from stitch_ray.console import Overwrite, exits, job_command
 from stitch_ray.errors import UserError
+from stitch_ray.evaluation.answers import RougeConvention
 
 exar = typer.Typer(
     name="exar",
@@ -40,6 +41,9 @@ def label(
         typer.Option("--column", metavar="ROLE=NAME", help="which column is the question, gold, prediction, ..."),
     ] = None,
     sheet: Annotated[str | None, typer.Option("--sheet", metavar="NAME", help="only this sheet of a workbook")] = None,
+    convention: Annotated[
+        RougeConvention, typer.Option(help="ROUGE-L of the rule: as published, or the usual one")
+    ] = "rouge_101",
     rouge_f: Annotated[
         float, typer.Option(min=0, max=1, help="ROUGE-L F above this, with BERTScore, is CORRECT")
     ] = 0.5,
@@ -58,7 +62,9 @@ def label(
     if encoder and without_bert:
         raise UserError("give --encoder or --without-bert, not both")
     columns = dict(_role(text) for text in column or [])
-    rule = Rule(rouge_f=rouge_f, bert_with_rouge=bert_with_rouge, rouge_p_or_r=rouge_p_or_r, bert=bert)
+    rule = Rule(
+        convention=convention, rouge_f=rouge_f, bert_with_rouge=bert_with_rouge, rouge_p_or_r=rouge_p_or_r, bert=bert
+    )
     summary = label_files(
         [str(path) for path in inputs],
         out,

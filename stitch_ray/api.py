@@ -200,7 +200,8 @@ def run_job(
     with ray_session.session(address):
         pipeline.check_cluster(ready, path)
         values = config.model_dump(mode="json", exclude_none=True)
-        folder = RunFolder.open(path, job, values, ready.work, overwrite=overwrite)
+        kept = getattr(pipeline, "KEPT_WHEN_OVERWRITING", ())
+        folder = RunFolder.open(path, job, values, ready.work, overwrite=overwrite, kept=kept)
         try:
             summary: Summary = pipeline.run(ready, folder, progress)
         except BaseException as error:

@@ -9,7 +9,7 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -110,6 +110,20 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     return manifest if isinstance(manifest, dict) and {"job", "work_hash"} <= manifest.keys() else None
 
 
+def _remove(path: Path, kept: Collection[str]) -> None:
+    """The folder; or, where something in it is kept, all but that and the manifest by which it is known."""
+    if not kept:
+        shutil.rmtree(path)
+        return
+    for entry in path.iterdir():
+        if entry.name in kept or entry.name == MANIFEST:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
 def work_differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Dotted keys present on both sides with different values. A key on one side only is not a difference."""
     found: list[str] = []
@@ -144,15 +158,25 @@ class RunFolder:
 
     @classmethod
     def open(
-        cls, path: Path, job: str, config: Mapping[str, Any], work: dict[str, Any], *, overwrite: bool = False
+        cls,
+        path: Path,
+        job: str,
+        config: Mapping[str, Any],
+        work: dict[str, Any],
+        *,
+        overwrite: bool = False,
+        kept: Collection[str] = (),
     ) -> RunFolder:
         """Create the folder or resume it.
 
         `work` is what results already computed depend on: another value for a key that the folder's manifest has too
         is refused with a UserError naming the keys. Everything else in `config` may change; results are made again.
+        `kept`: names in the folder that `overwrite` leaves alone; whoever goes on with them checks them.
         """
         path = Path(path)
         previous = cls._previous(path, job)
+        present = [name for name in kept if (path / name).exists()]
+        new = previous is None or (overwrite and not present)
         lock = _lock(path) if previous else None
         if previous and lock and not overwrite:
             different = work_differences(previous.get("work", {}), work)
@@ -160,16 +184,16 @@ class RunFolder:
                 lock.close()
                 raise UserError(
                     f"{path} holds results made with other settings ({', '.join(different)}). "
-                    "Choose another --out, or --overwrite to start over"
+                    f"Choose another --out, or --overwrite to {'do again what depends on them' if kept else 'start over'}"
                 )
         elif overwrite and previous:
-            shutil.rmtree(path)
+            _remove(path, present)
             previous = lock = None
         elif path.exists() and not previous and any(path.iterdir()):
             raise UserError(f"{path} exists and is not a run folder of this tool. Choose another --out")
         try:
             path.mkdir(parents=True, exist_ok=True)
-            folder = cls(path, job, work, disposable=previous is None, lock=lock or _lock(path))
+            folder = cls(path, job, work, disposable=new, lock=lock or _lock(path))
             remove_leftovers(path)
             folder.manifest = {
                 "job": job,

@@ -194,6 +194,10 @@ class RuleConfig(Strict):
     """When an answer is CORRECT; see `exar label`."""
 
     encoder: str | None = Field(None, description="encoder of BERTScore; default: the rule without it")
+    convention: Literal["rouge_101", "rouge_score"] = Field(
+        "rouge_101",
+        description="of ROUGE-L: as published, with gold answer and answer in each other's place, or as usual",
+    )
     rouge_f: float = Field(0.5, ge=0, le=1, description="ROUGE-L F above this")
     bert_with_rouge: float = Field(0.5, ge=0, le=1, description="least BERTScore F beside it")
     rouge_p_or_r: float = Field(0.6, ge=0, le=1, description="or ROUGE-L precision or recall above this")

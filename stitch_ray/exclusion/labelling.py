@@ -34,13 +34,19 @@ LABELLED_SCHEMA = pa.schema(
         ("rouge_p", pa.float64()),
         ("rouge_r", pa.float64()),
         ("rouge_f", pa.float64()),
+        ("standard_rouge_p", pa.float64()),
+        ("standard_rouge_r", pa.float64()),
+        ("standard_rouge_f", pa.float64()),
+        ("bert_p", pa.float64()),
+        ("bert_r", pa.float64()),
         ("bert_f", pa.float64()),
         ("label", pa.string()),
         ("given_label", pa.string()),
         ("human", pa.string()),
     ]
 )
-"""One row an answer. `label`: what the rule says; `given_label` and `human`: what the file says, null: nothing."""
+"""One row an answer; scores as in `scoring.Scored`. `label`: what the rule says; `given_label` and `human`: what the
+file says, null: nothing."""
 
 
 def label_files(
@@ -60,22 +66,14 @@ def label_files(
     without it, whether they bring it or not. For the rest see `read_rows`. Raises UserError for what only the caller can
     change.
     """
-    sources = sources_of(paths)
-    settings: dict[str, Any] = {
-        "rule": asdict(rule),
-        "encoder": encoder,
-        "without_bert": without_bert,
-        "columns": dict(columns),
-        "sheet": sheet,
-    }
-    files = [str(file) for source in sources for file in _files(source)]
-    work = {"inputs": inputs_hash(files), **settings, "encoder": model_fingerprint(encoder) if encoder else None}
+    settings = _settings(rule, encoder, without_bert, columns, sheet)
+    work = label_work(paths, rule=rule, encoder=encoder, without_bert=without_bert, columns=columns, sheet=sheet)
     done = read_manifest(out)
     if done is not None and done.get("status") == "done" and done.get("work") == work and not overwrite:
         return _summary(out, done)
     read = read_rows(paths, columns, sheet)
     if without_bert:
-        read = replace(read, rows=tuple(replace(row, bert_f=None) for row in read.rows))
+        read = replace(read, rows=tuple(replace(row, bert_p=None, bert_r=None, bert_f=None) for row in read.rows))
     elif encoder is None:
         check_bert(read.rows)
     check_writable(out)
@@ -90,7 +88,7 @@ def label_files(
             rows_in=read.rows_in,
             rows_out=len(read.rows),
             rows_quarantined=len(read.quarantined),
-            inputs={source: inputs_hash(list(map(str, _files(source)))) for source in sources},
+            inputs={source: inputs_hash(_files(source)) for source in sources_of(paths)},
             **facts,
         )
         folder.finish()
@@ -98,6 +96,36 @@ def label_files(
         folder.fail(error)
         raise
     return _summary(out, folder.manifest)
+
+
+def label_work(
+    paths: Sequence[str],
+    *,
+    rule: Rule,
+    encoder: str | None,
+    without_bert: bool,
+    columns: Mapping[str, str] = {},
+    sheet: str | None = None,
+) -> dict[str, Any]:
+    """What the labels depend on: `work` of the run's manifest."""
+    files = [file for source in sources_of(paths) for file in _files(source)]
+    return {
+        **_settings(rule, encoder, without_bert, columns, sheet),
+        "inputs": inputs_hash(files),
+        "encoder": model_fingerprint(encoder) if encoder else None,
+    }
+
+
+def _settings(
+    rule: Rule, encoder: str | None, without_bert: bool, columns: Mapping[str, str], sheet: str | None
+) -> dict[str, Any]:
+    return {
+        "rule": asdict(rule),
+        "encoder": encoder,
+        "without_bert": without_bert,
+        "columns": dict(columns),
+        "sheet": sheet,
+    }
 
 
 def _summary(out: Path, facts: Mapping[str, Any]) -> Summary:
@@ -164,9 +192,9 @@ def _text(facts: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _files(source: str) -> list[Path]:
+def _files(source: str) -> list[str]:
     path = Path(source)
-    return [path / "answers.parquet", path / "references.parquet"] if path.is_dir() else [path]
+    return [str(path / "answers.parquet"), str(path / "references.parquet")] if path.is_dir() else [source]
 
 
 def _write(path: Path, table: pa.Table) -> None:

@@ -17,8 +17,10 @@ class Rule:
     """Bounds of the rule; the defaults are those that the published DATASET+ files were labelled with.
 
     All but `bert_with_rouge` have to be exceeded: the published script later allowed .6 itself, the files do not.
+    `convention`: the ROUGE-L that is meant, that of the published files or `rouge_score`'s; see `rouge_l`.
     """
 
+    convention: answers.RougeConvention = "rouge_101"
     rouge_f: float = 0.5
     bert_with_rouge: float = 0.5
     rouge_p_or_r: float = 0.6
@@ -40,13 +42,20 @@ def label(
     return CORRECT if bert_f > rule.bert or (rouge_f > rule.rouge_f and bert_f >= rule.bert_with_rouge) else WRONG
 
 
-def rouge_l(gold: str, prediction: str) -> tuple[float, float, float]:
-    """Precision, recall and F of ROUGE-L as in the published files: the gold answer stands where `rouge` 1.0.1 expects
-    the hypothesis, so that "precision" is the share of the *gold* answer's words and "recall" of the prediction's.
+def rouge_l(
+    gold: str, prediction: str, convention: answers.RougeConvention = "rouge_101"
+) -> tuple[float, float, float]:
+    """Precision, recall and F of ROUGE-L.
+
+    rouge_101: as in the published files: the gold answer stands where `rouge` 1.0.1 expects the hypothesis, so that
+    "precision" is the share of the *gold* answer's words and "recall" of the prediction's.
+    rouge_score: as usual: precision is the share of the prediction's words.
 
     A blank text shares nothing with any other (the published files put the word "empty" in its place).
     """
-    return answers.rouge_l(gold, prediction, convention="rouge_101")
+    if convention == "rouge_101":
+        return answers.rouge_l(gold, prediction, convention=convention)
+    return answers.rouge_l(prediction, gold, convention=convention)
 
 
 def read_label(text: str) -> Label | None:

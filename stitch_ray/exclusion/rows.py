@@ -27,6 +27,8 @@ ROLES: Mapping[str, tuple[str, ...]] = {
     "context": ("context",),
     "example_id": ("example_id", "question_id", "id"),
     "temperature": ("temperature",),
+    "bert_p": ("bert_p", "precision"),
+    "bert_r": ("bert_r", "recall"),
     "bert_f": ("bert_f", "f1"),
     "rouge_p": ("rouge_p", "rg_l_p"),
     "rouge_r": ("rouge_r", "rg_l_r"),
@@ -36,13 +38,16 @@ ROLES: Mapping[str, tuple[str, ...]] = {
 }
 """What a column may mean -> the names it is known by, in any case, the first found first."""
 
+_BERT = ("bert_p", "bert_r", "bert_f")
+_PLAIN = {role: ROLES[role][1] for role in _BERT}
+
 _NEEDED = ("question", "gold", "prediction")
 _REFERENCES = "references.parquet"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One answer. `bert_f`, `rouge` (precision, recall, F), `label` and `human`: what the file says; None: nothing."""
+    """One answer. `bert_*`, `rouge` (precision, recall, F), `label` and `human`: what the file says; None: nothing."""
 
     source: str
     line: int
@@ -52,6 +57,8 @@ class Row:
     gold: tuple[str, ...]
     prediction: str
     temperature: float | None = None
+    bert_p: float | None = None
+    bert_r: float | None = None
     bert_f: float | None = None
     rouge: tuple[float, float, float] | None = None
     label: Label | None = None
@@ -153,6 +160,10 @@ def _resolve(place: str, record: Mapping[str, Any], columns: Mapping[str, str]) 
             found[role] = columns[role]
         elif (name := next((by_case[name] for name in names if name in by_case), None)) is not None:
             found[role] = name
+    plain = {role for role in _BERT if role not in columns and found.get(role, "").casefold() == _PLAIN[role]}
+    if len(plain) < len(_BERT):  # one of them alone may be anything, such as the F1 of words
+        for role in plain:
+            del found[role]
     for role in _NEEDED:
         if role not in found:
             raise UserError(
@@ -191,6 +202,8 @@ def _row(
         gold=gold,
         prediction=_text(value("prediction"), "prediction"),
         temperature=temperature if own_temperature is None else own_temperature,
+        bert_p=_score(value("bert_p"), "bert_p"),
+        bert_r=_score(value("bert_r"), "bert_r"),
         bert_f=_score(value("bert_f"), "bert_f"),
         rouge=None if None in rouge else rouge,  # type: ignore[arg-type]
         label=_label(value("label"), "label"),

@@ -160,6 +160,22 @@ def test_the_same_chain_does_nothing_twice(chain: Summary, tmp_path: Path, monke
     assert (chain.folder / "metrics.json").read_bytes() == before
 
 
+@pytest.mark.slow
+def test_a_changed_setting_does_again_what_depends_on_it(chain: Summary) -> None:
+    """Last of the tests of the chain: its folder is another one afterwards."""
+    folder = chain.folder
+    config = yaml.safe_load((folder / "config.yaml").read_text()) | {"threshold": 0.97}
+    with pytest.raises(UserError, match=r"other settings \(threshold\).* do again what depends on them"):
+        run("exar-run", config, folder)
+    stages = folder / "stages"
+    before = {path.parent.name: path.read_bytes() for path in stages.glob("*/manifest.json")}
+    run_job("exar-run", as_config(config, CONFIGS["exar-run"]), folder, overwrite=True)
+    after = {path.parent.name: path.read_bytes() for path in stages.glob("*/manifest.json")}
+    assert {name for name in after if after[name] != before[name]} == {"refine", "refine-oracle", "evaluate"}
+    assert json.loads(after["refine"])["work"]["validator"]["threshold"] == 0.97
+    assert yaml.safe_load((folder / "config.yaml").read_text())["threshold"] == 0.97
+
+
 def test_every_question_ends_in_a_judged_answer_or_an_abstention(refined: Summary) -> None:
     rows = rows_of(refined.folder)
     attempts: dict[str, list[Values]] = {}

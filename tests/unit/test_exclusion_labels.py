@@ -78,6 +78,36 @@ def test_any_gold_answer_will_do(tmp_path: Path) -> None:
     assert (found["label"], found["exact"]) == (CORRECT, True)
 
 
+def test_the_usual_rouge_reads_an_answer_the_other_way_round(tmp_path: Path) -> None:
+    # One of the answer's four words is the gold answer's only one: precision 1/4, recall 1; as published 1 and 1/4.
+    source = lines(tmp_path / "a.jsonl", {**ROW, "gold": "ada", "prediction": "it was ada lovelace", "bert_f": 0.1})
+    strict = Rule(convention="rouge_score", rouge_p_or_r=0.99)
+    for rule in (Rule(), strict):
+        label_files([source], tmp_path / "run", rule=rule, overwrite=True)
+        [found] = pq.read_table(tmp_path / "run" / "labelled.parquet").to_pylist()
+        assert found["label"] == CORRECT
+        assert (found["rouge_p"], found["rouge_r"]) == (1.0, 0.25)
+        assert (found["standard_rouge_p"], found["standard_rouge_r"], found["standard_rouge_f"]) == (0.25, 1.0, 0.4)
+    # Words of the published convention keep their full stop: nothing is shared, while the usual one shares "ada".
+    row = {**ROW, "gold": "ada,", "prediction": "ada", "bert_f": 0.1}
+    for rule, expected in ((Rule(), WRONG), (Rule(convention="rouge_score"), CORRECT)):
+        label_files([lines(tmp_path / "b.jsonl", row)], tmp_path / "run", rule=rule, overwrite=True)
+        assert pq.read_table(tmp_path / "run" / "labelled.parquet")["label"].to_pylist() == [expected]
+
+
+def test_precision_recall_and_f1_are_those_of_bertscore_only_together(tmp_path: Path) -> None:
+    """As the published files name them; an f1 alone may be that of words."""
+    published = {"question": "Who?", "gold": "Ada", "prediction": "Bob", "Precision": 0.1, "Recall": 0.2, "f1": 0.95}
+    label_files([lines(tmp_path / "a.jsonl", published)], tmp_path / "run")
+    [found] = pq.read_table(tmp_path / "run" / "labelled.parquet").to_pylist()
+    assert (found["bert_p"], found["bert_r"], found["bert_f"], found["label"]) == (0.1, 0.2, 0.95, CORRECT)
+    alone = {key: value for key, value in published.items() if key not in ("Precision", "Recall")}
+    with pytest.raises(UserError, match="row 1 has no BERTScore F"):
+        label_files([lines(tmp_path / "b.jsonl", alone)], tmp_path / "other")
+    label_files([str(tmp_path / "b.jsonl")], tmp_path / "other", columns={"bert_f": "f1"})
+    assert pq.read_table(tmp_path / "other" / "labelled.parquet")["label"].to_pylist() == [CORRECT]
+
+
 def test_rows_that_cannot_be_used_are_kept_with_their_reason(tmp_path: Path) -> None:
     rows = [
         ROW,

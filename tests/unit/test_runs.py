@@ -160,6 +160,23 @@ def test_keys_on_one_side_only_are_no_difference() -> None:
     assert work_differences({"b": {"c": 1}}, {"b": None}) == ["b"]
 
 
+def test_what_is_kept_survives_overwriting_and_a_run_that_is_refused(tmp_path: Path) -> None:
+    first = RunFolder.open(tmp_path / "run", "select", {}, WORK)
+    for name in ("stages", "other"):
+        (first.path / name).mkdir()
+        (first.path / name / "result").write_text("1")
+    first.release()
+    again = RunFolder.open(first.path, "select", {}, {"seed": 9}, overwrite=True, kept=("stages",))
+    assert sorted(path.name for path in again.path.iterdir() if path.name != ".lock") == [
+        "config.yaml",
+        "manifest.json",
+        "stages",
+    ]
+    assert json.loads((again.path / "manifest.json").read_text())["work"] == {"seed": 9}
+    again.fail(UserError("no"))
+    assert (again.path / "stages" / "result").read_text() == "1"
+
+
 def test_a_folder_of_another_job_is_refused_even_with_overwrite(run: RunFolder) -> None:
     before = snapshot(run.path)
     for overwrite in (False, True):

@@ -1,22 +1,28 @@
-"""`exar run`: one stage after another, each a run folder of its own; a stage that is done is not done again."""
+"""`exar run`: one stage after another, each a run folder of its own; a stage that is done is not done again.
+
+With changed settings the chain asks for --overwrite, which does again only the stages that the change touches: a stage
+depends on its own settings and on the contents of what earlier stages wrote.
+"""
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from stitch_ray.config.base import Strict
-from stitch_ray.config.exar import ExarRunConfig
+from stitch_ray.config.exar import ExarRunConfig, RuleConfig
+from stitch_ray.engines.fingerprint import model_fingerprint
 from stitch_ray.exclusion.chain.preflight import Ready
 from stitch_ray.exclusion.chain.sides import write_sides
 from stitch_ray.exclusion.chain.stages import SIDES, Stages
-from stitch_ray.exclusion.labelling import label_files
+from stitch_ray.exclusion.labelling import label_files, label_work
 from stitch_ray.exclusion.labels import Rule
-from stitch_ray.runs import Progress, RunFolder, Step, Summary, read_manifest
+from stitch_ray.records import content_hash
+from stitch_ray.runs import Progress, RunFolder, Step, Summary, read_manifest, work_differences, write_json
 
-RunJob = Callable[..., Summary]
+KEPT_WHEN_OVERWRITING = ("stages",)
 
 
 def run(ready: Ready, folder: RunFolder, progress: Progress = lambda step: None) -> Summary:
@@ -30,24 +36,13 @@ def run(ready: Ready, folder: RunFolder, progress: Progress = lambda step: None)
     zero = stages.stage_zero()
     if zero is not None:
         _stage("finetune", zero, stages.folder("stage-zero"), progress)
-        if zero.method != "full" and not stages.merged.exists():
-            from stitch_ray.training.export import merge_adapter
-
-            merge_adapter(str(stages.folder("stage-zero") / "model"), stages.merged)
-            # What it learned from goes with it, or nobody downstream would know.
-            shutil.copy2(stages.folder("stage-zero") / "model" / "trained_on.parquet", stages.merged)
+        if zero.method != "full":
+            _merge_adapter(stages.folder("stage-zero") / "model", stages.merged)
     predictions = stages.predictions()
     for name, settings in predictions.items():
         _stage("sample-answers", settings, stages.folder(name), progress)
     progress(Step(stage="labelling", done=0, total=None))
-    rule = config.rule.model_dump(exclude={"encoder"})
-    label_files(
-        [str(stages.folder(name)) for name in predictions],
-        stages.folder("labels"),
-        rule=Rule(**rule),
-        encoder=config.rule.encoder,
-        without_bert=config.rule.encoder is None,
-    )
+    _label([str(stages.folder(name)) for name in predictions], stages.folder("labels"), config.rule)
     plus = _stage("exar-merge", stages.merge(), stages.folder("plus"), progress)
     _stage("finetune", stages.validator(), stages.folder("validator"), progress)
     _stage("finetune", stages.exar(), stages.folder("exar"), progress)
@@ -78,15 +73,44 @@ def check_cluster(ready: Ready, path: Path) -> None:
 
 
 def _stage(job: str, config: Strict, out: Path, progress: Progress) -> dict[str, Any]:
-    """The manifest of a stage, which is run unless it is done."""
+    """The manifest of a stage, which is run unless it is done with these settings."""
     from stitch_ray.api import check, run_job
 
     manifest = read_manifest(out)
-    if manifest is None or manifest.get("status") != "done" or manifest["work_hash"] != check(job, config).work_hash:
-        run_job(job, config, out, progress=progress)
+    work = check(job, config).work
+    hashes = (content_hash(work), content_hash(config.model_dump(mode="json", exclude_none=True)))
+    if (
+        manifest is None
+        or manifest.get("status") != "done"
+        or hashes != (manifest["work_hash"], manifest["config_hash"])
+    ):
+        stale = manifest is not None and bool(work_differences(manifest["work"], work))
+        run_job(job, config, out, overwrite=stale, progress=progress)
         manifest = read_manifest(out)
     assert manifest is not None
     return manifest
+
+
+def _label(paths: list[str], out: Path, rule: RuleConfig) -> None:
+    settings: dict[str, Any] = {
+        "rule": Rule(**rule.model_dump(exclude={"encoder"})),
+        "encoder": rule.encoder,
+        "without_bert": rule.encoder is None,
+    }
+    manifest = read_manifest(out)
+    stale = manifest is not None and bool(work_differences(manifest["work"], label_work(paths, **settings)))
+    label_files(paths, out, **settings, overwrite=stale)
+
+
+def _merge_adapter(adapter: Path, out: Path) -> None:
+    """Merge `adapter` to a plain model, unless `out` was made from the very same one."""
+    from stitch_ray.training.export import merge_adapter
+
+    note, made_from = out.with_suffix(".json"), {"adapter": model_fingerprint(str(adapter))}
+    if not (out.exists() and note.exists() and json.loads(note.read_text("utf-8")) == made_from):
+        note.unlink(missing_ok=True)
+        merge_adapter(str(adapter), out, overwrite=True)
+        write_json(note, made_from)
 
 
 def _evaluated(config: ExarRunConfig, stages: Stages) -> str:

@@ -14,10 +14,13 @@ from stitch_ray.exclusion.chain.stages import Stages
 from stitch_ray.records import content_hash
 from stitch_ray.reliability.answers.preflight import check_labels, model_identity
 
+_FINETUNE = {"stage_zero", "validator", "exar"}
+"""Sections of free keys: leaving one out is a change too."""
+
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A configuration that was checked. `work`: data and split, which all stages share; each has work of its own."""
+    """A configuration that was checked. `work`: all of it, so that a change is told; each stage has work of its own."""
 
     config: ExarRunConfig
     sources: tuple[str, ...]
@@ -41,10 +44,12 @@ def check(config: ExarRunConfig) -> Ready:
     stages = Stages(config, Path())
     for make in (stages.stage_zero, stages.validator, stages.exar, stages.refine, stages.samples, stages.evaluate):
         make()
+    values = config.model_dump(mode="json", exclude={"data", "split", "model"})
     work = {
         "data": data_work(config.data, sources),
         "split": config.split.model_dump(mode="json"),
         "model": fingerprint,
-        "stages": content_hash(config.model_dump(mode="json", exclude={"data", "split", "model"})),
+        **{name: values.get(name) for name in sorted(values.keys() - _FINETUNE)},
+        **{name: content_hash(values[name]) for name in sorted(_FINETUNE)},
     }
     return Ready(config, tuple(sources), work)
