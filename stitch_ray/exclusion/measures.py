@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -99,8 +99,17 @@ class Samples:
 
 def majority(samples: Samples, k: int) -> int:
     """Which of the first k answers the vote gives: the first of those that are given most often, after normalisation."""
-    keys = [normalise_answer(text) or text.strip() for text in samples.texts[:k]]
+    keys = _keys(samples, k)
     return keys.index(Counter(keys).most_common(1)[0][0])
+
+
+def votes(samples: Samples, k: int) -> float:
+    """How sure the vote among the first k answers is: its share, in (0, 1]; self-consistency (Wang et al. 2023)."""
+    return Counter(_keys(samples, k)).most_common(1)[0][1] / k
+
+
+def _keys(samples: Samples, k: int) -> list[str]:
+    return [normalise_answer(text) or text.strip() for text in samples.texts[:k]]
 
 
 def likeliest(samples: Samples, k: int) -> int:
@@ -118,6 +127,14 @@ def voted(name: str, everyone: Sequence[Samples], k: int, choose: Callable[[Samp
         calls=np.full(len(everyone), float(k)),
         tokens=np.array([k * one.prompt_tokens + sum(one.tokens[:k]) for one in everyone], np.float64),
     )
+
+
+def surest(way: Answering, confidence: Floats, share: float) -> Answering:
+    """`way` with abstentions: only the share of the questions with the highest confidence (n,) is answered, of equals
+    the first. What abstains has to be compared with something that abstains as often."""
+    kept = np.zeros(len(confidence), bool)
+    kept[np.argsort(-confidence, kind="stable")[: round(share * len(confidence))]] = True
+    return replace(way, name=f"{way.name}, surest {share:.0%}", right=way.right & kept, answered=way.answered & kept)
 
 
 @dataclass(frozen=True, slots=True)

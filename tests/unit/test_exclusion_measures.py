@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score, matthews_corrcoef, roc_auc_score
 
-from stitch_ray.exclusion.measures import Answering, Samples, changes, likeliest, majority, systems, verdicts, voted
+from stitch_ray.exclusion.measures import (
+    Answering,
+    Samples,
+    changes,
+    likeliest,
+    majority,
+    surest,
+    systems,
+    verdicts,
+    voted,
+    votes,
+)
 
 
 def way(name: str, right: list[int], answered: list[int] | None = None, calls: float = 1.0) -> Answering:
@@ -49,6 +60,19 @@ def test_votes_take_the_first_of_equals() -> None:
     assert [likeliest(one, k) for k in (1, 2, 3, 4)] == [0, 1, 2, 3]
     found = voted("likeliest of 3", [one], 3, likeliest)
     assert (found.right.tolist(), found.calls.tolist(), found.tokens.tolist()) == ([True], [3.0], [36.0])
+
+
+def test_the_surest_are_answered_and_of_equals_the_first() -> None:
+    kept = surest(way("vote", [1, 1, 0, 1, 0]), np.array([0.2, 0.9, 0.5, 0.5, 0.5]), 0.6)
+    assert kept.name == "vote, surest 60%"
+    assert kept.answered.tolist() == [False, True, True, True, False]
+    assert kept.right.tolist() == [False, True, False, True, False]
+    assert (kept.calls == 1.0).all()  # asked all the same
+
+
+def test_how_sure_a_vote_is() -> None:
+    samples = Samples(("The cat", "dog", "cat.", "bird"), (0.0,) * 4, (True,) * 4, (1,) * 4, 0)
+    assert [votes(samples, k) for k in (1, 2, 3, 4)] == [1.0, 0.5, 2 / 3, 0.5]
 
 
 def test_changes_from_the_first_answer_to_the_last() -> None:

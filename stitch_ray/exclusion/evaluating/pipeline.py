@@ -20,11 +20,13 @@ from stitch_ray.exclusion.measures import (
     changes,
     likeliest,
     majority,
+    surest,
     systems,
     table,
     verdict_text,
     verdicts,
     voted,
+    votes,
 )
 from stitch_ray.exclusion.refinement import any_right
 from stitch_ray.reliability.evaluation import evaluate
@@ -81,13 +83,22 @@ def check_cluster(ready: Ready, path: Path) -> None:
 
 def ways(ready: Ready) -> list[Answering]:
     """All that is compared: the first answer, refining, the controls, and choices among as many independent answers as
-    the refinement had calls (rounded down), and as many as there are."""
-    found = [_first(ready.refined), _whole(REFINED, ready.refined)]
+    the refinement had calls (rounded down), and as many as there are. Where refining abstains, first answer and vote
+    are there once more, abstaining as often where they are least sure: by sequence probability and by share of votes."""
+    first, refined = _first(ready.refined), _whole(REFINED, ready.refined)
+    share = float(refined.answered.mean())
+    found = [first, refined]
+    likely = _floats(_first_attempts(ready.refined)["logprob"])
+    if share < 1 and not np.isnan(likely).any():  # not every engine tells it
+        found.append(surest(first, likely, share))
     found += [_whole(name, control) for name, control in ready.controls.items()]
     if ready.samples is not None:
         most = min(len(one.texts) for one in ready.samples)
         for k in sorted({min(budget(ready), most), most}):
             found += [voted(name.format(k), ready.samples, k, rule) for name, rule in _RULES]
+            if share < 1:
+                sure = np.array([votes(one, k) for one in ready.samples])
+                found.append(surest(voted(_RULES[0][0].format(k), ready.samples, k, majority), sure, share))
     return found
 
 
@@ -135,8 +146,7 @@ def _right_by(own: Sequence[dict[str, Any]], refined: Refined) -> bool:
 
 
 def _first(refined: Refined) -> Answering:
-    questions = refined.questions
-    first = refined.attempts.filter(pc.equal(refined.attempts["number"], 0))
+    questions, first = refined.questions, _first_attempts(refined)
     assert first["example_id"].to_pylist() == questions["example_id"].to_pylist()
     return Answering(
         name=FIRST,
@@ -180,15 +190,22 @@ def _at_k(refined: Refined) -> list[float]:
 
 def _judged(refined: Refined) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """P(CORRECT) of the first attempts that were judged, and whether they are right."""
-    first = refined.attempts.filter(pc.equal(refined.attempts["number"], 0))
-    first = first.filter(pc.is_valid(first["probability"]))
+    first = _judged_first(refined)
     return _floats(first["probability"]), _flags(first["correct"])
+
+
+def _first_attempts(refined: Refined) -> pa.Table:
+    return refined.attempts.filter(pc.equal(refined.attempts["number"], 0))
+
+
+def _judged_first(refined: Refined) -> pa.Table:
+    first = _first_attempts(refined)
+    return first.filter(pc.is_valid(first["probability"]))
 
 
 def _scores(ready: Ready) -> dict[str, Any]:
     """The validator beside the sequence probability of the answer, as confidences of the first answers."""
-    first = ready.refined.attempts.filter(pc.equal(ready.refined.attempts["number"], 0))
-    first = first.filter(pc.is_valid(first["probability"]))
+    first = _judged_first(ready.refined)
     confidences = {"validator": _floats(first["probability"]), "sequence probability": _floats(first["logprob"])}
     wrong = 1.0 - _flags(first["correct"])
     config = ready.config
@@ -218,9 +235,14 @@ def _notes(rows: Sequence[System], judged: Verdicts | None) -> list[str]:
             )
         if not judged.tn and not judged.fn:
             notes.append("The validator accepted every first answer: nothing was refined.")
-    best = max((row for name, row in named.items() if name.startswith("majority")), key=_accuracy, default=None)
-    if best is not None and best.accuracy >= named[REFINED].accuracy:
+    refined = named[REFINED]
+    voting = [row for name, row in named.items() if name.startswith("majority")]
+    best = max((row for row in voting if row.coverage == 1), key=_accuracy, default=None)
+    if best is not None and best.accuracy >= refined.accuracy:
         notes.append(f"A {best.name} independent answers is right as often as refining, or more often.")
+    sure = max((row for row in named.values() if "surest" in row.name), key=_accuracy, default=None)
+    if sure is not None and refined.coverage and sure.accuracy >= refined.accuracy:
+        notes.append(f"As many answers as refining gives are right as often, or more often: {sure.name}.")
     return notes
 
 
