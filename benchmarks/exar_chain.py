@@ -64,15 +64,15 @@ _TITLES = {
 
 def _made(place: Path, _data: Path) -> Values:
     questions = place / "questions.json"
-    questions.write_text(json.dumps(short_questions(6000), indent=1), encoding="utf-8")
+    questions.write_text(json.dumps(short_questions(3000), indent=1), encoding="utf-8")
     corpus = place / "corpus.json"
     corpus.write_text(json.dumps(instruction_corpus(400)), encoding="utf-8")
     _tiny(corpus, place / "tiny", {}, parameters="1m", steps=150)
-    tuning = {"epochs": 8, "max_length": 96, "batch": {"tokens": 2048}, "resources": {"num_threads": 2}}
+    tuning = {"epochs": 10, "max_length": 96, "batch": {"tokens": 2048}, "resources": {"num_threads": 2}}
     return {
         "data": {"paths": [str(questions)]},
         "model": {"path": str(place / "tiny"), "num_threads": 1},
-        "split": {"test": 0.2, "plus": 0.4},
+        "split": {"test": 0.3, "plus": 0.4},
         "stage_zero": {
             **tuning,
             "epochs": 14,
