@@ -153,6 +153,8 @@ class RunFolder:
     started: float = field(default_factory=time.monotonic)
     disposable: bool = False
     """Made by this run and without results yet: a UserError removes it. The job sets False before its first result."""
+    overwrites: bool = False
+    """Opened with `overwrite`: a job of several stages may do theirs again."""
     lock: IO[str] | None = None
     """Held while a command works in the folder; the system releases it when the process ends, however it ends."""
 
@@ -193,7 +195,7 @@ class RunFolder:
             raise UserError(f"{path} exists and is not a run folder of this tool. Choose another --out")
         try:
             path.mkdir(parents=True, exist_ok=True)
-            folder = cls(path, job, work, disposable=new, lock=lock or _lock(path))
+            folder = cls(path, job, work, disposable=new, overwrites=overwrite, lock=lock or _lock(path))
             remove_leftovers(path)
             folder.manifest = {
                 "job": job,

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from stitch_ray.config.base import Strict
-from stitch_ray.config.exar import ExarRunConfig, RuleConfig
+from stitch_ray.config.exar import RuleConfig
 from stitch_ray.engines.fingerprint import model_fingerprint
 from stitch_ray.exclusion.chain.preflight import Ready
 from stitch_ray.exclusion.chain.sides import write_sides
 from stitch_ray.exclusion.chain.stages import SIDES, Stages
 from stitch_ray.exclusion.labelling import label_files, label_work
 from stitch_ray.exclusion.labels import Rule
+from stitch_ray.exclusion.measures import System, table
 from stitch_ray.records import content_hash
 from stitch_ray.runs import Progress, RunFolder, Step, Summary, read_manifest, work_differences, write_json
 
@@ -28,6 +29,10 @@ KEPT_WHEN_OVERWRITING = ("stages",)
 def run(ready: Ready, folder: RunFolder, progress: Progress = lambda step: None) -> Summary:
     """Run the chain. Needs a Ray session. Raises what its stages raise; the same command resumes."""
     config, stages = ready.config, Stages(ready.config, folder.path)
+
+    def stage(job: str, settings: Strict, name: str) -> dict[str, Any]:
+        return _stage(job, settings, stages.folder(name), folder.overwrites, progress)
+
     counts, quarantined = write_sides(
         ready.sources, config.data, config.split, {name: stages.side(name) for name in SIDES}
     )
@@ -35,22 +40,22 @@ def run(ready: Ready, folder: RunFolder, progress: Progress = lambda step: None)
     folder.disposable = False
     zero = stages.stage_zero()
     if zero is not None:
-        _stage("finetune", zero, stages.folder("stage-zero"), progress)
+        stage("finetune", zero, "stage-zero")
         if zero.method != "full":
             _merge_adapter(stages.folder("stage-zero") / "model", stages.merged)
     predictions = stages.predictions()
     for name, settings in predictions.items():
-        _stage("sample-answers", settings, stages.folder(name), progress)
+        stage("sample-answers", settings, name)
     progress(Step(stage="labelling", done=0, total=None))
-    _label([str(stages.folder(name)) for name in predictions], stages.folder("labels"), config.rule)
-    plus = _stage("exar-merge", stages.merge(), stages.folder("plus"), progress)
-    _stage("finetune", stages.validator(), stages.folder("validator"), progress)
-    _stage("finetune", stages.exar(), stages.folder("exar"), progress)
-    _stage("exar-refine", stages.refine(), stages.folder("refine"), progress)
+    _label([str(stages.folder(name)) for name in predictions], stages.folder("labels"), config.rule, folder.overwrites)
+    plus = stage("exar-merge", stages.merge(), "plus")
+    stage("finetune", stages.validator(), "validator")
+    stage("finetune", stages.exar(), "exar")
+    stage("exar-refine", stages.refine(), "refine")
     for control in config.controls:
-        _stage("exar-refine", stages.refine(control), stages.folder(f"refine-{control}"), progress)
-    _stage("sample-answers", stages.samples(), stages.folder("samples"), progress)
-    found = _stage("exar-evaluate", stages.evaluate(), stages.folder("evaluate"), progress)
+        stage("exar-refine", stages.refine(control), f"refine-{control}")
+    stage("sample-answers", stages.samples(), "samples")
+    found = stage("exar-evaluate", stages.evaluate(), "evaluate")
     for name in ("report.html", "metrics.json"):
         shutil.copy2(stages.folder("evaluate") / name, folder.path / name)
     folder.manifest.update(
@@ -64,7 +69,7 @@ def run(ready: Ready, folder: RunFolder, progress: Progress = lambda step: None)
         validator=found["validator"],
     )
     folder.finish()
-    text = f"DATASET+: {_plus_text(plus['counts'])}\n{_evaluated(config, stages)}"
+    text = f"DATASET+: {_plus_text(plus['counts'])}\n{_evaluated(found)}"
     return Summary(folder.path, folder.manifest, _line(folder), text)
 
 
@@ -72,8 +77,11 @@ def check_cluster(ready: Ready, path: Path) -> None:
     """Every stage checks for itself what it needs."""
 
 
-def _stage(job: str, config: Strict, out: Path, progress: Progress) -> dict[str, Any]:
-    """The manifest of a stage, which is run unless it is done with these settings."""
+def _stage(job: str, config: Strict, out: Path, overwrite: bool, progress: Progress) -> dict[str, Any]:
+    """The manifest of a stage, which is run unless it is done with these settings.
+
+    Raises UserError if it was done with others, unless it is to be overwritten.
+    """
     from stitch_ray.api import check, run_job
 
     manifest = read_manifest(out)
@@ -85,13 +93,13 @@ def _stage(job: str, config: Strict, out: Path, progress: Progress) -> dict[str,
         or hashes != (manifest["work_hash"], manifest["config_hash"])
     ):
         stale = manifest is not None and bool(work_differences(manifest["work"], work))
-        run_job(job, config, out, overwrite=stale, progress=progress)
+        run_job(job, config, out, overwrite=overwrite and stale, progress=progress)
         manifest = read_manifest(out)
     assert manifest is not None
     return manifest
 
 
-def _label(paths: list[str], out: Path, rule: RuleConfig) -> None:
+def _label(paths: list[str], out: Path, rule: RuleConfig, overwrite: bool) -> None:
     settings: dict[str, Any] = {
         "rule": Rule(**rule.model_dump(exclude={"encoder"})),
         "encoder": rule.encoder,
@@ -99,7 +107,7 @@ def _label(paths: list[str], out: Path, rule: RuleConfig) -> None:
     }
     manifest = read_manifest(out)
     stale = manifest is not None and bool(work_differences(manifest["work"], label_work(paths, **settings)))
-    label_files(paths, out, **settings, overwrite=stale)
+    label_files(paths, out, **settings, overwrite=overwrite and stale)
 
 
 def _merge_adapter(adapter: Path, out: Path) -> None:
@@ -113,10 +121,7 @@ def _merge_adapter(adapter: Path, out: Path) -> None:
         write_json(note, made_from)
 
 
-def _evaluated(config: ExarRunConfig, stages: Stages) -> str:
-    from stitch_ray.exclusion.measures import System, table
-
-    manifest = read_manifest(stages.folder("evaluate")) or {}
+def _evaluated(manifest: dict[str, Any]) -> str:
     notes = "".join(f"\nnote: {note}" for note in manifest["notes"])
     return table([System(**row) for row in manifest["systems"]]) + notes
 

@@ -48,7 +48,7 @@ def check(config: ExarRunConfig) -> Ready:
     work = {
         "data": data_work(config.data, sources),
         "split": config.split.model_dump(mode="json"),
-        "model": fingerprint,
+        "model": {**config.model.model_dump(mode="json", exclude={"path", "replicas"}), "path": fingerprint},
         **{name: values.get(name) for name in sorted(values.keys() - _FINETUNE)},
         **{name: content_hash(values[name]) for name in sorted(_FINETUNE)},
     }
