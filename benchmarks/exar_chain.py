@@ -1,6 +1,6 @@
 """The whole EXAR chain with toy models: on questions that such a model half knows, and on Dolly's open questions.
 
-    python -m benchmarks.exar_chain [--only made] [--data DIR] [--out DIR]
+    python -m benchmarks.exar_chain [--only few] [--data DIR] [--out DIR]
 
 `stitch-ray exar run` on each set, from a toy Llama made on the spot; every figure is of the questions that no stage has
 learned from. The made questions are those of the demo: medians of digits, which the model learns, and remainders, which
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +27,9 @@ from stitch_ray.config import CONFIGS
 from stitch_ray.data import formats, readers
 from stitch_ray.data.made_questions import short_questions
 from stitch_ray.data.synthetic import instruction_corpus
+from stitch_ray.exclusion.measures import Verdicts, Within, verdict_text
 from stitch_ray.ray_session import session
+from stitch_ray.reliability.metacognition import Metacognition
 from stitch_ray.runs import read_manifest
 from stitch_ray.training.tiny import make_tiny_model
 
@@ -34,7 +37,7 @@ Values = dict[str, Any]
 
 
 def main(
-    only: Annotated[str | None, typer.Option(help="made or dolly alone")] = None,
+    only: Annotated[str | None, typer.Option(help="few, many or dolly alone")] = None,
     data: Annotated[Path | None, typer.Option(help="folder with dolly/")] = None,
     out: Annotated[Path | None, typer.Option(help="folder of the runs; default: a temporary one")] = None,
     seed: Annotated[int, typer.Option(help="of everything")] = 0,
@@ -43,7 +46,7 @@ def main(
     """Run the chains and publish their tables."""
     sections, facts = {}, {}
     with tempfile.TemporaryDirectory(prefix="stitch-ray-exar-") as scratch, session(num_cpus=4):
-        for title, prepare in (("made", _made), ("dolly", _dolly)):
+        for title, prepare in (("few", _few), ("many", _many), ("dolly", _dolly)):
             if only in (None, title):
                 place = (out or Path(scratch)) / title
                 place.mkdir(parents=True, exist_ok=True)
@@ -51,36 +54,44 @@ def main(
                 started = time.monotonic()
                 summary = run_job("exar-run", as_config(config, CONFIGS["exar-run"]), place / "run")
                 facts[title] = _facts(place / "run", summary.facts, time.monotonic() - started)
-                sections[_TITLES[title]] = _text(facts[title], config, (place, data))
+                sections[_TITLES[title]] = _text(facts[title], config, (place, folder(data), Path(minilm()).parent))
                 print(f"{summary.text}\n{summary.line}", flush=True)
     publish(name, "The EXAR chain", sections, facts, f"python -m benchmarks.exar_chain --seed {seed}")
 
 
 _TITLES = {
-    "made": "Made questions, of which the model learns some and guesses others",
+    "few": "Made questions, few of them for DATASET+",
+    "many": "Made questions, many of them for DATASET+",
     "dolly": "Dolly's open questions, of which the model knows none",
 }
 
 
-def _made(place: Path, _data: Path) -> Values:
+def _few(place: Path, _data: Path) -> Values:
+    tuning = {"optimizer": {"learning_rate": 2e-3, "warmup": 0.1}, "epochs": 10}
+    return _made(place, 3000, {"test": 0.3, "plus": 0.4}, tuning, tuning)
+
+
+def _many(place: Path, _data: Path) -> Values:
+    """As many for stage zero; the validator sees each answer ten times, the EXAR model once."""
+    tuning = {"optimizer": {"learning_rate": 2e-3, "warmup": 0.1}}
+    return _made(place, 6000, {"test": 0.15, "plus": 0.7}, {**tuning, "epochs": 10}, {**tuning, "epochs": 1})
+
+
+def _made(place: Path, count: int, split: Values, validator: Values, exar: Values) -> Values:
     questions = place / "questions.json"
-    questions.write_text(json.dumps(short_questions(3000), indent=1), encoding="utf-8")
+    questions.write_text(json.dumps(short_questions(count), indent=1), encoding="utf-8")
     corpus = place / "corpus.json"
     corpus.write_text(json.dumps(instruction_corpus(400)), encoding="utf-8")
     _tiny(corpus, place / "tiny", {}, parameters="1m", steps=150)
-    tuning = {"epochs": 10, "max_length": 96, "batch": {"tokens": 2048}, "resources": {"num_threads": 2}}
+    common = {"max_length": 96, "resources": {"num_threads": 2}}
+    zero = {"epochs": 14, "batch": {"tokens": 1024}, "optimizer": {"learning_rate": 3e-3, "warmup": 0.1}}
     return {
         "data": {"paths": [str(questions)]},
         "model": {"path": str(place / "tiny"), "num_threads": 1},
-        "split": {"test": 0.3, "plus": 0.4},
-        "stage_zero": {
-            **tuning,
-            "epochs": 14,
-            "batch": {"tokens": 1024},
-            "optimizer": {"learning_rate": 3e-3, "warmup": 0.1},
-        },
-        "validator": {**tuning, "optimizer": {"learning_rate": 2e-3, "warmup": 0.1}},
-        "exar": {**tuning, "optimizer": {"learning_rate": 2e-3, "warmup": 0.1}},
+        "split": split,
+        "stage_zero": {**common, **zero},
+        "validator": {**common, "batch": {"tokens": 2048}, **validator},
+        "exar": {**common, "batch": {"tokens": 2048}, **exar},
         "attempts": {"max_attempts": 6, "max_tokens": 4},
     }
 
@@ -115,9 +126,27 @@ def _facts(run: Path, facts: Any, seconds: float) -> Values:
     return {"sides": facts["sides"], "dataset_plus": plus["counts"], "seconds": round(seconds), **measured}
 
 
-def _text(facts: Values, config: Values, hidden: Any) -> str:
+def _text(facts: Values, config: Values, hidden: Sequence[Path | None]) -> str:
+    """The configuration, without the folders in `hidden`, and what came out."""
     shown = yaml.safe_dump(config, sort_keys=False)
-    return f"```\n{shown}```\n\n{facts['sides']}\n\n" + table([_row(row) for row in facts["systems"]])
+    for place in filter(None, hidden):
+        shown = shown.replace(f"{place}/", "")
+    plus, changes = facts["dataset_plus"], facts["changes"]
+    lines = [
+        f"Questions: {facts['sides']['zero']} for stage zero, {facts['sides']['plus']} for DATASET+, {facts['sides']['test']} "
+        f"unseen. DATASET+ has {plus['distinct answers']} distinct answers, {plus['of them CORRECT']} of them CORRECT. The "
+        f"chain took {facts['seconds']} s.",
+        f"First answers: {changes['wrong_to_right']} wrong became right, {changes['right_to_wrong']} right became wrong; "
+        f"{changes['wrong_to_abstention']} wrong and {changes['right_to_abstention']} right ones were withheld.",
+    ]
+    if facts["validator"] is not None:
+        measured = dict(facts["validator"])
+        meta = measured.pop("metacognition")
+        verdicts = Verdicts(**measured, metacognition=None if meta is None else Metacognition(**meta))
+        lines.append(f"{verdict_text(verdicts, Within(**facts['within_questions']))}.")
+    notes = "\n".join(f"- {note}" for note in facts["notes"])
+    rows = table([_row(row) for row in facts["systems"]])
+    return "\n\n".join(["\n".join(lines), rows, notes, f"```yaml\n{shown}```"])
 
 
 def _row(row: Values) -> Values:

@@ -59,7 +59,7 @@ def main(
             for source, one in facts.items()
         )
         + ". The published rows are the reported figures of validators of 7 billion parameters on the answers that they were "
-        "trained on.\n\n"
+        "trained on. Within questions: the mean AUROC between answers to one question, and how many questions have both kinds.\n\n"
     )
     publish(
         name,
@@ -92,9 +92,8 @@ def _measured(
     label_files([str(files["judged"])], out / "labels-judged")
     merging = {"answers": [str(out / "labels")], "gold": True, "balance": "weights", "split": {"test": 0.0}}
     merged = _run("exar-merge", merging, out / "plus")
-    questions = _write(
-        out / "questions.jsonl", [{"question": row["question"], "answer": row["gold"]} for row in learned]
-    )
+    gold = {row["question"]: row["gold"] for row in learned}
+    questions = _write(out / "questions.jsonl", [{"question": q, "answer": answer} for q, answer in gold.items()])
     examples = [formats.convert(row) for row in readers.iter_rows(str(questions))]
     if not (out / "tiny" / "config.json").exists():
         make_tiny_model(examples, out / "tiny", parameters=parameters, steps=300, seed=0)
@@ -202,7 +201,9 @@ def _answering(name: str, ends: list[tuple[bool, bool]], calls: list[float]) -> 
 
 def _verdict_rows(source: str, found: dict[str, Any]) -> list[Row]:
     said = PUBLISHED[source]
-    empty = dict.fromkeys(("balanced accuracy", "MCC", "AUROC", "Brier", "ECE", "meta-d' / d'", "unparsable"), "")
+    empty = dict.fromkeys(
+        ("balanced accuracy", "MCC", "AUROC", "within questions", "Brier", "ECE", "meta-d' / d'", "unparsable"), ""
+    )
     rows = [
         {
             "answers": f"{source}, own training rows",
@@ -221,6 +222,7 @@ def _verdict_rows(source: str, found: dict[str, Any]) -> list[Row]:
 
 def _verdict_row(answers: str, validator: str, one: dict[str, Any]) -> Row:
     auroc, meta = one["scores"]["rows"][0]["metrics"]["auroc"], one["metacognition"]
+    within = one["within_questions"]
 
     def shown(value: float | None) -> str:
         return "-" if value is None else f"{value:.3f}"
@@ -233,6 +235,7 @@ def _verdict_row(answers: str, validator: str, one: dict[str, Any]) -> Row:
         "balanced accuracy": shown(one["balanced_accuracy"]),
         "MCC": shown(one["mcc"]),
         "AUROC": f"{auroc['value']:.3f} [{auroc['low']:.3f}, {auroc['high']:.3f}]",
+        "within questions": f"{shown(within['auroc'])} ({within['questions']})",
         "Brier": shown(one["brier"]),
         "ECE": shown(one["ece"]),
         "meta-d' / d'": "-" if meta is None else f"{meta['meta_d_prime']:.2f} / {meta['d_prime']:.2f}",

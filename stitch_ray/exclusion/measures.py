@@ -212,6 +212,26 @@ def verdicts(probability: Floats, correct: Flags, *, threshold: float = 0.5, ece
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Within:
+    """How well P(CORRECT) tells right from wrong answers to the same question: the mean of the AUROC within each of the
+    `questions` that have both, None without any. A validator that only tells questions apart has .5 here, whatever its
+    AUROC is; what turns wrong answers into right ones is this."""
+
+    auroc: float | None
+    questions: int
+
+
+def within_questions(probability: Floats, correct: Flags, groups: NDArray[np.int64]) -> Within:
+    """Over n judged answers, all (n,); `groups` numbers their questions."""
+    found = [
+        metrics.auroc(probability[own], 1.0 - correct[own])
+        for own in (np.flatnonzero(groups == group) for group in np.unique(groups))
+        if correct[own].any() and not correct[own].all()
+    ]
+    return Within(float(np.mean(found)) if found else None, len(found))
+
+
 def table(rows: Sequence[System]) -> str:
     """The systems as aligned text."""
     width = max(len(row.name) for row in rows)
@@ -227,7 +247,7 @@ def table(rows: Sequence[System]) -> str:
     return "\n".join(lines)
 
 
-def verdict_text(found: Verdicts) -> str:
+def verdict_text(found: Verdicts, within: Within) -> str:
     """The verdicts as one line, the majority baseline beside them."""
 
     def shown(value: float | None) -> str:
@@ -238,5 +258,6 @@ def verdict_text(found: Verdicts) -> str:
     return (
         f"validator on {found.num} first answers: accuracy {found.accuracy:.3f} (always the commoner verdict: "
         f"{found.majority:.3f}), balanced {shown(found.balanced_accuracy)}, MCC {shown(found.mcc)}, AUROC "
-        f"{shown(found.auroc)}, Brier {found.brier:.3f}, ECE {found.ece:.3f}{signal}"
+        f"{shown(found.auroc)}, Brier {found.brier:.3f}, ECE {found.ece:.3f}{signal}; AUROC within "
+        f"{within.questions} questions {shown(within.auroc)}"
     )

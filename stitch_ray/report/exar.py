@@ -62,6 +62,7 @@ def write_report(path: Path, facts: ExarFacts) -> None:
         questions=metrics["questions"],
         at_k=list(enumerate(metrics["acc_at_k"], start=1)),
         validator=metrics["validator"],
+        within=metrics["within_questions"],
         scores=reliability.score_tables(metrics["scores"]) if metrics["scores"] else [],
         figures=_figures(facts),
         examples=[_example(one) for one in facts["examples"]],

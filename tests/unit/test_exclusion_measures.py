@@ -9,6 +9,7 @@ from sklearn.metrics import balanced_accuracy_score, matthews_corrcoef, roc_auc_
 from stitch_ray.exclusion.measures import (
     Answering,
     Samples,
+    Within,
     changes,
     likeliest,
     majority,
@@ -17,6 +18,7 @@ from stitch_ray.exclusion.measures import (
     verdicts,
     voted,
     votes,
+    within_questions,
 )
 
 
@@ -84,6 +86,18 @@ def test_changes_from_the_first_answer_to_the_last() -> None:
     assert (found.wrong_to_abstention, found.kept) == (1, 2)
     assert found.repeat_rate == pytest.approx(3 / 7)
     assert changes(first, first, first, np.ones(6), np.zeros(6)).repeat_rate is None
+
+
+def test_a_validator_that_only_tells_questions_apart_is_at_chance_within_them() -> None:
+    groups = np.repeat(np.arange(4), 3)
+    correct = np.array([1, 0, 1, 0, 0, 1, 1, 1, 1, 0, 0, 0], bool)  # the last two questions have one kind only
+    by_question = np.array([0.9, 0.2, 0.99, 0.01])[groups]
+    assert roc_auc_score(correct, by_question) > 0.8
+    assert within_questions(by_question, correct, groups) == Within(0.5, 2)
+    drawn = np.random.default_rng(5).random(12)
+    expected = np.mean([roc_auc_score(correct[groups == g], drawn[groups == g]) for g in (0, 1)])
+    assert within_questions(drawn, correct, groups).auroc == pytest.approx(expected)
+    assert within_questions(drawn, correct | True, groups) == Within(None, 0)
 
 
 def test_verdicts_are_those_of_scikit_learn() -> None:

@@ -17,6 +17,7 @@ from stitch_ray.exclusion.measures import (
     Answering,
     System,
     Verdicts,
+    Within,
     changes,
     likeliest,
     majority,
@@ -27,6 +28,7 @@ from stitch_ray.exclusion.measures import (
     verdicts,
     voted,
     votes,
+    within_questions,
 )
 from stitch_ray.exclusion.refinement import any_right
 from stitch_ray.reliability.evaluation import evaluate
@@ -45,6 +47,7 @@ def run(ready: Ready, folder: RunFolder, progress: Progress = lambda step: None)
     compared = ways(ready)
     rows = systems(compared, bootstrap=config.bootstrap, seed=config.seed)
     judged = first_verdicts(ready.refined, config.ece_bins)
+    within = _within(ready.refined)
     facts = {
         "questions": ready.refined.questions.num_rows,
         "same_budget": budget(ready),
@@ -53,8 +56,9 @@ def run(ready: Ready, folder: RunFolder, progress: Progress = lambda step: None)
         "acc_at_k": _at_k(ready.refined),
         "reasons": ready.refined.manifest["reasons"],
         "validator": None if judged is None else judged.to_dict(),
+        "within_questions": asdict(within),
         "scores": _scores(ready) if judged is not None else None,
-        "notes": [*ready.notes, *_notes(rows, judged)],
+        "notes": [*ready.notes, *_notes(rows, judged, within)],
     }
     write_json(folder.path / METRICS, facts)
     count = ready.refined.questions.num_rows
@@ -68,7 +72,7 @@ def run(ready: Ready, folder: RunFolder, progress: Progress = lambda step: None)
     }
     write_report(folder.path / "report.html", page)
     folder.finish()
-    text = table(rows) + ("" if judged is None else f"\n{verdict_text(judged)}")
+    text = table(rows) + ("" if judged is None else f"\n{verdict_text(judged, within)}")
     named = {row.name: row for row in rows}
     line = (
         f"exar evaluate: {named[REFINED].accuracy:.1%} right after refining, {named[FIRST].accuracy:.1%} at first "
@@ -220,7 +224,14 @@ def _scores(ready: Ready) -> dict[str, Any]:
     return found.as_dict()
 
 
-def _notes(rows: Sequence[System], judged: Verdicts | None) -> list[str]:
+def _within(refined: Refined) -> Within:
+    """Over all attempts that were judged."""
+    rows = refined.attempts.filter(pc.is_valid(refined.attempts["probability"]))
+    groups = np.unique(rows["example_id"].to_pylist(), return_inverse=True)[1]
+    return within_questions(_floats(rows["probability"]), _flags(rows["correct"]), groups)
+
+
+def _notes(rows: Sequence[System], judged: Verdicts | None, within: Within) -> list[str]:
     notes = []
     named = {row.name: row for row in rows}
     if judged is not None:
@@ -228,6 +239,11 @@ def _notes(rows: Sequence[System], judged: Verdicts | None) -> list[str]:
             notes.append("All first answers are right, or all are wrong: nothing can be said about the validator.")
         elif abs(judged.auroc - 0.5) < 0.05:
             notes.append(f"The validator is at chance (AUROC {judged.auroc:.2f}): what it accepts is luck.")
+        elif judged.auroc >= 0.6 and within.auroc is not None and within.auroc < 0.6:
+            notes.append(
+                f"The validator tells questions apart (AUROC {judged.auroc:.2f}), but hardly right from wrong answers to "
+                f"the same question ({within.auroc:.2f} within {within.questions} questions): refining can then only abstain."
+            )
         if judged.accuracy <= judged.majority:
             notes.append(
                 f"The validator is right about {judged.accuracy:.1%} of the first answers; always saying the commoner "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from stitch_ray.exclusion.datasets import Distinct
 from stitch_ray.exclusion.judging.preflight import Ready
 from stitch_ray.exclusion.judging.worker import ASKED_SCHEMA, JudgeJob, JudgeWorker
 from stitch_ray.exclusion.labels import CORRECT, read_label
-from stitch_ray.exclusion.measures import verdicts
+from stitch_ray.exclusion.measures import verdicts, within_questions
 from stitch_ray.reliability.answers.pipeline import CALL_LOG_VARIABLE
 from stitch_ray.reliability.answers.plan import rows_a_batch
 from stitch_ray.reliability.evaluation import evaluate
@@ -114,10 +115,11 @@ def measure(rows: Sequence[dict[str, Any]], truth: str, ready: Ready) -> dict[st
     correct = np.array([row[truth] == CORRECT for row in judged])
     probability = np.array([row["probability"] for row in judged], np.float64)
     said = [read_label(row["reply"] or "") for row in judged]
+    groups = np.unique([row["group_id"] for row in judged], return_inverse=True)[1]
     ranked = evaluate(
         {"validator": probability},
         1.0 - correct,
-        groups=np.unique([row["group_id"] for row in judged], return_inverse=True)[1],
+        groups=groups,
         probabilities={"validator"},
         bootstrap=config.bootstrap,
         ece_bins=config.ece_bins,
@@ -125,6 +127,7 @@ def measure(rows: Sequence[dict[str, Any]], truth: str, ready: Ready) -> dict[st
     )
     return {
         **verdicts(probability, correct, threshold=config.threshold, ece_bins=config.ece_bins).to_dict(),
+        "within_questions": asdict(within_questions(probability, correct, groups)),
         "replies": {
             "unparsable": said.count(None),
             "accuracy": sum(one == row[truth] for one, row in zip(said, judged, strict=True)) / len(judged),
@@ -178,6 +181,7 @@ def _text(facts: dict[str, dict[str, Any]]) -> str:
             f"{'rule' if name == 'label' else name:<6} {one['num']:>5} answers: AUROC {shown(one['auroc'])}{interval}, accuracy "
             f"{one['accuracy']:.3f} (the commoner verdict: {one['majority']:.3f}), balanced "
             f"{shown(one['balanced_accuracy'])}, MCC {shown(one['mcc'])}, Brier {one['brier']:.3f}, ECE {one['ece']:.3f}"
-            f"{signal}; in words: accuracy {one['replies']['accuracy']:.3f}, {one['replies']['unparsable']} unparsable"
+            f"{signal}; AUROC within "
+            f"{one['within_questions']['questions']} questions {shown(one['within_questions']['auroc'])}; in words: accuracy {one['replies']['accuracy']:.3f}, {one['replies']['unparsable']} unparsable"
         )
     return "\n".join(lines)
