@@ -67,7 +67,7 @@ _TITLES = {
 
 
 def _few(place: Path, _data: Path) -> Values:
-    tuning = {"optimizer": {"learning_rate": 2e-3, "warmup": 0.1}, "epochs": 10}
+    tuning = {"optimizer": {"learning_rate": 2e-3, "warmup": 0.1}, "epochs": 5}
     return _made(place, 3000, {"test": 0.3, "plus": 0.4}, tuning, tuning)
 
 
