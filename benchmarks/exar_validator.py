@@ -77,7 +77,8 @@ def main(
 _REPLAYED = (
     "The recorded answers of the published models at temperatures .1, .6 and .8, as people judged them, in that order: the "
     "first that the validator accepts is given, or none. Nothing was excluded when they were made, so this tells what a "
-    "validator is worth, not what excluding is.\n\n"
+    "validator is worth, not what excluding is. An answer that comes again after it was turned down stays turned down, also "
+    "where people judged it the other way the second time.\n\n"
 )
 
 
