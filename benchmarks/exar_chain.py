@@ -36,7 +36,7 @@ Values = dict[str, Any]
 
 
 def main(
-    only: Annotated[str | None, typer.Option(help="few, many or dolly alone")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="few, many or dolly; default: all")] = None,
     data: Annotated[Path | None, typer.Option(help="folder with dolly/")] = None,
     out: Annotated[Path | None, typer.Option(help="folder of the runs; default: a temporary one")] = None,
     seed: Annotated[int, typer.Option(help="of everything")] = 0,
@@ -46,7 +46,7 @@ def main(
     sections, facts = {}, {}
     with tempfile.TemporaryDirectory(prefix="stitch-ray-exar-") as scratch, session(num_cpus=4):
         for title, prepare in (("few", _few), ("many", _many), ("dolly", _dolly)):
-            if only in (None, title):
+            if not only or title in only:
                 place = (out or Path(scratch)) / title
                 place.mkdir(parents=True, exist_ok=True)
                 config = {**prepare(place, folder(data)), "seed": seed}
@@ -54,7 +54,13 @@ def main(
                 facts[title] = _facts(place / "run", summary.facts)
                 sections[_TITLES[title]] = _text(facts[title], config, (place, folder(data), Path(minilm()).parent))
                 print(f"{summary.text}\n{summary.line}", flush=True)
-    publish(name, "The EXAR chain", sections, facts, f"python -m benchmarks.exar_chain --seed {seed}")
+    publish(
+        name,
+        "The EXAR chain",
+        sections,
+        facts,
+        " ".join(["python -m benchmarks.exar_chain", *(f"--only {title}" for title in only or []), f"--seed {seed}"]),
+    )
 
 
 _TITLES = {
@@ -127,7 +133,7 @@ def _facts(run: Path, facts: Any) -> Values:
 
 def _text(facts: Values, config: Values, hidden: Sequence[Path | None]) -> str:
     """The configuration, without the folders in `hidden`, and what came out."""
-    shown = yaml.safe_dump(config, sort_keys=False)
+    shown = yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False)  # without anchors
     for place in filter(None, hidden):
         shown = shown.replace(f"{place}/", "")
     plus, changes = facts["dataset_plus"], facts["changes"]
