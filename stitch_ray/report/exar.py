@@ -11,11 +11,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
-from stitch_ray.report import reliability, reliability_figures
+from stitch_ray.report import reliability
 from stitch_ray.report.figures import INK, KEPT, Floats, svg
 from stitch_ray.report.html import number, percent, render
 from stitch_ray.report.reliability import RunFacts
-from stitch_ray.report.risk_curves import oracle_curve, risk_curve
+from stitch_ray.report.validator_figures import validator_figures
 from stitch_ray.runs import write_text
 
 _COLOURS = ("#2a8f6b", "#8a5bb5")
@@ -113,28 +113,7 @@ def _figures(facts: ExarFacts) -> list[tuple[str, str, str]]:
         )
     ]
     probability, correct = facts["judged"]
-    right = correct.astype(np.float64)
-    if len(probability) and 0 < right.sum() < len(right):
-        found.append(
-            (
-                "Risk and coverage",
-                "First answers by falling P(CORRECT): share of wrong ones among those given.",
-                reliability_figures.risk_coverage(
-                    {"validator": risk_curve(probability, 1 - right)},
-                    "Risk by coverage",
-                    oracle=oracle_curve(1 - right),
-                    chance=float(1 - right.mean()),
-                ),
-            )
-        )
-        found.append(
-            (
-                "Reliability",
-                "Share of right first answers by P(CORRECT).",
-                reliability_figures.reliability_diagram(probability, right, "Reliability of the validator"),
-            )
-        )
-    return found
+    return [*found, *validator_figures(probability, correct.astype(np.float64), "first answers")]
 
 
 def _calls(curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:

@@ -305,3 +305,7 @@ def test_a_validator_is_measured_on_answers_that_it_has_not_learned_from(model: 
         one = found.facts["metrics"][truth]
         assert (one["num"], one["majority"]) == (70, 0.5)
         assert one["replies"]["unparsable"] == 70  # it knows no word but even and odd
+        assert one["within_questions"]["questions"] == 35
+    page = (found.folder / "report.html").read_text()
+    assert page.index("Against people") < page.index("Against the rule") < page.index("Surest mistakes")
+    assert page.count("<svg") == 4

@@ -24,6 +24,7 @@ from stitch_ray.exclusion.measures import verdicts, within_questions
 from stitch_ray.reliability.answers.pipeline import CALL_LOG_VARIABLE
 from stitch_ray.reliability.answers.plan import rows_a_batch
 from stitch_ray.reliability.evaluation import evaluate
+from stitch_ray.report.judge import write_report
 from stitch_ray.runs import Progress, RunFolder, Summary, atomic_path, fresh_folder, write_json
 
 VERDICTS, METRICS = "verdicts.parquet", "metrics.json"
@@ -88,6 +89,7 @@ def run(ready: Ready, folder: RunFolder, progress: Progress = lambda step: None)
         problems=dict(Counter(row["problem"] for row in rows if row["problem"])),
         metrics=facts,
     )
+    write_report(folder.path / "report.html", {"manifest": folder.manifest, "metrics": facts, "rows": rows})
     folder.finish()
     line = f"exar judge: {len(rows)} distinct answers judged -> {folder.path / VERDICTS}"
     return Summary(folder.path, folder.manifest, line, _text(facts))
