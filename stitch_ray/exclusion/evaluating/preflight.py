@@ -76,6 +76,11 @@ def check(config: ExarEvaluateConfig) -> Ready:
         )
     work = {
         "runs": inputs_hash([str(file) for file in files]),
+        # Equal answers may come of another threshold, which the validator's figures are told at.
+        "work": {
+            "": refined.manifest["work_hash"],
+            **{name: one.manifest["work_hash"] for name, one in controls.items()},
+        },
         **config.model_dump(mode="json", include={"bootstrap", "ece_bins", "seed", "trained_on"}),
     }
     return Ready(config, refined, controls, samples, tuple(notes), work)
