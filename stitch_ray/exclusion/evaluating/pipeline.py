@@ -36,6 +36,8 @@ from stitch_ray.report.exar import ExarFacts, write_report
 from stitch_ray.runs import Progress, RunFolder, Summary, write_json
 
 METRICS = "metrics.json"
+_FEW = 20
+"""Fewer questions than these are not worth a note."""
 FIRST, REFINED = "first answer", "refined"
 
 _RULES = (("majority of {}", majority), ("likeliest of {}", likeliest))
@@ -225,7 +227,8 @@ def _scores(ready: Ready) -> dict[str, Any]:
 
 
 def _within(refined: Refined) -> Within:
-    """Over all attempts that were judged."""
+    """Over all attempts that were judged. Attempts end with an accepted one, so these are questions of which the validator
+    turned an answer down; of those whose first answer it accepted nothing is known."""
     rows = refined.attempts.filter(pc.is_valid(refined.attempts["probability"]))
     groups = np.unique(rows["example_id"].to_pylist(), return_inverse=True)[1]
     return within_questions(_floats(rows["probability"]), _flags(rows["correct"]), groups)
@@ -239,10 +242,11 @@ def _notes(rows: Sequence[System], judged: Verdicts | None, within: Within) -> l
             notes.append("All first answers are right, or all are wrong: nothing can be said about the validator.")
         elif abs(judged.auroc - 0.5) < 0.05:
             notes.append(f"The validator is at chance (AUROC {judged.auroc:.2f}): what it accepts is luck.")
-        elif judged.auroc >= 0.6 and within.auroc is not None and within.auroc < 0.6:
+        elif judged.auroc >= 0.6 and within.auroc is not None and within.auroc < 0.6 and within.questions >= _FEW:
             notes.append(
-                f"The validator tells questions apart (AUROC {judged.auroc:.2f}), but hardly right from wrong answers to "
-                f"the same question ({within.auroc:.2f} within {within.questions} questions): refining can then only abstain."
+                f"The validator's AUROC on first answers is {judged.auroc:.2f}, but within the {within.questions} questions of "
+                f"which it turned down an answer and that got right and wrong ones it is {within.auroc:.2f}: there it cannot "
+                "find the right answer, only abstain."
             )
         if judged.accuracy <= judged.majority:
             notes.append(
