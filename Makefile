@@ -21,14 +21,14 @@ LOCK_ARGS ?=
 # Options for pytest, e.g. make test PYTEST_ARGS=-x. For single files: .venv/bin/python -m pytest tests/unit/test_cli.py
 PYTEST_ARGS ?=
 
-# Processes of the unit tests. The others start Ray, vLLM or browsers, which have all cores for themselves.
-UNIT_PROCESSES ?= 2
+# Processes that share out the tests, file by file; each has a Ray of its own.
+PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint format bench lock clean
+.PHONY: help install demo test test-all test-touched test-machines lint format bench lock clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 install: $(STAMP)  ## create .venv with exactly the locked packages, and this project in editable form
 
@@ -51,12 +51,17 @@ demo: install  ## select from a made corpus with a tiny model and fine-tune on w
 	$(BIN)/stitch-ray demo
 
 test: lint  ## lint, then every test that is not marked slow
-	$(BIN)/python -m pytest tests/unit -m "not slow" -n $(UNIT_PROCESSES) --dist loadfile $(PYTEST_ARGS)
-	$(BIN)/python -m pytest tests --ignore tests/unit -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests -m "not slow" -n $(PROCESSES) $(PYTEST_ARGS)
 
-test-all: lint  ## lint, then all tests, with the slow ones and the injected faults
-	$(BIN)/python -m pytest tests/unit -n $(UNIT_PROCESSES) --dist loadfile $(PYTEST_ARGS)
-	$(BIN)/python -m pytest tests --ignore tests/unit $(PYTEST_ARGS)
+# Ray starts its workers itself here, as in use (tests/forking), and kills and loads have the machine for themselves.
+test-all: lint  ## lint, then all tests: the full matrix, injected faults, a whole demo
+	STITCH_RAY_TEST_FORK=0 $(BIN)/python -m pytest tests $(PYTEST_ARGS)
+
+test-touched: install  ## the slow tests of the areas that the last commits touched (BASE=COMMIT, MINUTES=40)
+	$(BIN)/python -m tests.touched $(BASE:%=--base %) $(MINUTES:%=--minutes %)
+
+test-machines: install  ## numeric and resume tests and the demo as on other processors; a table in benchmarks/results
+	$(BIN)/python -m tests.machines $(MACHINES_ARGS)
 
 lint: install  ## ruff (rules and layout) and mypy
 	$(BIN)/ruff check .

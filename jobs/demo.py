@@ -27,6 +27,7 @@ from stitch_ray.runs import Summary, write_text
 
 _ROWS, _QUESTIONS = 400, 2400
 _HELD_OUT = 0.6  # of the questions: what sample-answers calls stack, isotonic, calibrate and test
+_STEPS = 150  # of the tiny model that is made
 _MAX_TOKENS = 4
 _COMPARED = ["self_consistency", "semantic_entropy"]
 _SIGNALS = ["sequence_log_probability", "mean_token_entropy", "mean_token_margin"]  # cost nothing beside the answer
@@ -45,7 +46,7 @@ def demo(
     corpus.write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
     questions.write_text(json.dumps(short_questions(_QUESTIONS), indent=1), encoding="utf-8")
     if overwrite or not (model / "config.json").exists():
-        make_model([str(corpus)], model, "1m", 150, 0, overwrite)
+        make_model([str(corpus)], model, "1m", _STEPS, 0, overwrite)
 
     def run(job: str, config: dict[str, Any]) -> Summary:
         with progress_bar() as progress:

@@ -1,4 +1,4 @@
-"""Fixtures that several test folders share: one Ray cluster a session, tiny models, corpora."""
+"""What several test folders share: one Ray cluster a process, tiny models, corpora, and the order of the files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -15,9 +16,23 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests import lanes
+
 # On a busy machine the time of one example says nothing.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    lanes.order(items)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> lanes.Lanes:
+    return lanes.Lanes(config, log)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    terminalreporter.write_line(lanes.skipped_line(lanes.reasons_of(terminalreporter.stats.get("skipped", []))))
 
 
 @pytest.fixture(scope="session")
@@ -26,8 +41,9 @@ def ray_cluster() -> Iterator[object]:
     import ray
 
     from stitch_ray.ray_session import session
+    from tests.forking import forked_workers
 
-    with session(num_cpus=4):
+    with forked_workers(), session(num_cpus=4):
         yield ray
 
 
@@ -51,36 +67,31 @@ def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """240 made Alpaca records, a few of them exact repeats."""
     from stitch_ray.data.synthetic import instruction_corpus
 
-    rows = instruction_corpus(230, seed=1)
-    for row in rows:
-        del row["id"]
-    path = tmp_path_factory.mktemp("corpus") / "corpus.json"
-    path.write_text(json.dumps(rows + rows[:10], ensure_ascii=False), encoding="utf-8")
-    return path
+    def make(folder: Path) -> None:
+        rows = instruction_corpus(230, seed=1)
+        for row in rows:
+            del row["id"]
+        folder.mkdir()
+        (folder / "corpus.json").write_text(json.dumps(rows + rows[:10], ensure_ascii=False), encoding="utf-8")
+
+    return lanes.made_once(tmp_path_factory, "corpus", make) / "corpus.json"
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path) -> Path:
     """A Llama of about 300,000 parameters, trained for a few steps on the corpus."""
-    return _train(tmp_path_factory.mktemp("models") / "tiny", corpus_file, "300k", 0)
+    return lanes.made_once(tmp_path_factory, "tiny", lambda folder: _train(folder, corpus_file, "300k", 0))
 
 
 @pytest.fixture(scope="session")
 def other_tiny_model(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path) -> Path:
     """A second model of another size, with its own tokenizer."""
-    return _train(tmp_path_factory.mktemp("models") / "other", corpus_file, "500k", 1)
+    return lanes.made_once(tmp_path_factory, "other", lambda folder: _train(folder, corpus_file, "500k", 1))
 
 
-def _train(out: Path, data: Path, parameters: str, seed: int) -> Path:
+def _train(out: Path, data: Path, parameters: str, seed: int) -> None:
     from stitch_ray.data import formats, readers
     from stitch_ray.training.tiny import make_tiny_model
 
     examples = [formats.convert(row) for row in readers.iter_rows(str(data))]
     make_tiny_model(examples, out, parameters=parameters, steps=15, seed=seed)
-    return out
-
-
-def shared_data() -> Path:
-    """Folder of real data beside the checkout, or of STITCH_RAY_DATA. Tests that need it skip where it is absent."""
-    default = Path(__file__).parents[2] / "shared" / "data"
-    return Path(os.environ.get("STITCH_RAY_DATA", default))

@@ -42,7 +42,7 @@ class ModelConfig(Strict):
     parameters: float | None = Field(None, gt=0, description="size used as weight; default: counted from the weights")
     max_tokens: int | None = Field(None, ge=16, description="longest sequence; default: the model's context")
     batch_tokens: int | None = Field(None, ge=1, description="tokens a forward; default 1024 on CPU, 16384 on GPU")
-    num_threads: int = Field(1, ge=1, description="torch threads an actor (CPU); part of what makes a result exact")
+    num_threads: int = Field(1, ge=1, description="torch threads an actor (CPU); another number rounds otherwise")
     replicas: int = Field(1, ge=1, description="actors that share the work of this model")
     num_gpus: float = Field(0, ge=0, description="GPUs an actor; a fraction shares one")
     tensor_parallel: int = Field(1, ge=1, description="GPUs one vLLM engine is split over")

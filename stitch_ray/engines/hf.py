@@ -38,8 +38,8 @@ class HfEngine:
     """Loads `path` and rates, generates, scores continuations and embeds.
 
     Rating takes the fastest of the three ways in `rating.py` that, on a small check made at start-up, agrees with the
-    plain one; `rating_path` tells which. On CPU, `num_threads` fixes torch's threads so that results do not depend on
-    the machine.
+    plain one; `rating_path` tells which. On CPU, `num_threads` fixes torch's threads: how many cores the machine has does
+    not change the rounding then, though what processor it is may.
 
     `adapters`, name -> folder, are LoRA adapters of the model at `path`; `Request.adapter` names the one that answers,
     None the model alone, as do `rate` and `embed`. Where `path` itself is an adapter's folder, its base model is loaded

@@ -439,7 +439,7 @@ def test_workers_follow_the_nodes_of_the_cluster_down_and_up(long_job: Job, tmp_
     assert found.keys() == expected.keys()
     difference = max((found[name] - expected[name]).abs().max().item() for name in expected)
     print(f"largest difference of a weight: {difference:.1e}")
-    assert difference <= 1e-5
+    assert difference < 1e-4, "rounding takes a part of a step, which is 1e-3; a lost moment or example takes steps"
 
 
 def workers(out: Path) -> Sequence[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import time
+import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -148,6 +148,7 @@ def test_metrics_say_what_happened_at_every_step(reference: Summary) -> None:
     assert len(of_kind(reference.folder, "start")) == 1
 
 
+@pytest.mark.numeric
 def test_the_model_is_a_hugging_face_folder_that_answers_with_the_template_of_training(reference: Summary) -> None:
     folder = reference.folder / "model"
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -175,6 +176,7 @@ def test_answers_to_validation_questions_are_in_file_and_report(reference: Summa
     assert "http-equiv" not in page
 
 
+@pytest.mark.resume
 def test_a_second_run_of_a_finished_job_trains_nothing(
     reference: Summary, tiny_model: Path, tasks: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,95 +199,143 @@ def test_other_settings_in_the_same_folder_are_refused_with_their_key(
         run(config, reference.folder)
 
 
+@pytest.mark.parametrize(
+    "sections",
+    [
+        pytest.param({"workers": 1, "zero": {"stage": 3}}, id="one-worker-zero-3"),
+        pytest.param({"workers": 1, "zero": {"stage": 1}}, id="one-worker-zero-1", marks=pytest.mark.slow),
+        pytest.param({"zero": {"stage": 3}}, id="zero-3", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.numeric
 def test_neither_workers_nor_zero_stage_change_the_result(
-    reference: Summary, tiny_model: Path, tasks: tuple[Path, Path], tmp_path: Path
+    reference: Summary,
+    tiny_model: Path,
+    tasks: tuple[Path, Path],
+    tmp_path: Path,
+    sections: Record,
 ) -> None:
-    """Two workers share out what one worker accumulates; stage 3 shares out the weights too.
+    """One worker accumulates what two share out; stage 3 shares out the weights too.
 
-    One worker was seen to do the same bit for bit. Stage 3 sums the gradient's norm in another order, and so clips by a
-    factor that is off by a rounding (norms 1e-7 apart, moments 2e-7 of the largest). AdamW divides by the gradient's
-    size: of a weight whose gradient is next to zero that rounding becomes a part of the learning rate, here 1e-3. Seen
-    were 5e-6 at most, and 4 weights of 300,000 beyond 1e-6.
+    To rounding: the gradient's norm is summed in another order, and so clips by a factor that is off by a rounding
+    (norms 1e-7 apart, moments 2e-7 of the largest). AdamW divides by the gradient's size: of a weight whose gradient is
+    next to zero that rounding becomes a part of the learning rate, here 1e-3. Seen were 5e-6 at most, and 4 weights of
+    300,000 beyond 1e-6.
     """
-    alone = values(tiny_model, tasks, workers=1, batch={"tokens": 512, "accumulation": 2}, zero={"stage": 1})
-    sharded = values(tiny_model, tasks, zero={"stage": 3})
-    expected = last_weights(reference.folder)
-    for number, config in enumerate((alone, sharded)):
-        found = run(config, tmp_path / str(number))
-        weights = last_weights(found.folder)
-        difference = largest_difference(expected, weights)
-        beyond = sum(int(((weights[name] - expected[name]).abs() > 1e-6).sum()) for name in expected)
-        print(f"{('one worker', 'ZeRO-3')[number]}: a weight differs by {difference:.1e}, {beyond} by more than 1e-6")
-        assert difference < (1e-6, 2e-5)[number]
-        assert beyond < (1, 50)[number]
-        assert found.facts["final_loss"] == pytest.approx(reference.facts["final_loss"], abs=1e-6)
-        # AdamW hardly sees a gradient that is wrong by a factor; its norm shows it.
-        for key in ("loss", "grad_norm"):
-            ours, theirs = ([record[key] for record in of_kind(one.folder, "step")] for one in (found, reference))
-            assert ours == pytest.approx(theirs, rel=1e-5), key
+    if sections.get("workers") == 1:
+        sections = {**sections, "batch": {"tokens": 512, "accumulation": 2}}
+    found = run(values(tiny_model, tasks, **sections), tmp_path / "run")
+    expected, weights = last_weights(reference.folder), last_weights(found.folder)
+    assert largest_difference(expected, weights) < 1e-4, "more than a tenth of what a step may change"
+    assert sum(int(((weights[name] - expected[name]).abs() > 1e-6).sum()) for name in expected) < 50
+    assert found.facts["final_loss"] == pytest.approx(reference.facts["final_loss"], rel=1e-5)
+    # AdamW hardly sees a gradient that is wrong by a factor; its norm shows it.
+    for key in ("loss", "grad_norm"):
+        ours, theirs = ([record[key] for record in of_kind(one.folder, "step")] for one in (found, reference))
+        assert ours == pytest.approx(theirs, rel=1e-5), key
 
 
-def test_lora_then_merge_answers_like_the_adapter(
-    ray_cluster: object, tiny_model: Path, tasks: tuple[Path, Path], tmp_path: Path
-) -> None:
-    config = values(
+@pytest.fixture(scope="module")
+def adapted(
+    ray_cluster: object,
+    tiny_model: Path,
+    tasks: tuple[Path, Path],
+    template: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Summary, list[list[str]]]:
+    """LoRA with CoBa, two epochs of four padded examples a micro-batch, a template file; and the audit of its steps."""
+    folder = tmp_path_factory.mktemp("adapted")
+    config = counted(
         tiny_model,
         tasks,
+        template,
         method="lora",
         adapter={"rank": 4, "alpha": 8, "dropout": 0.1},
         loss="coba",
         coba={"warmup": 3, "history": 6, "examples": 2},
-        workers=1,
-        batch={"examples": 4},
         packing=False,
-        max_steps=8,
         optimizer={"learning_rate": 1e-2},
     )
-    trained = run(config, tmp_path / "run")
-    weights = [list(record["task_weights"].values()) for record in of_kind(trained.folder, "step")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STITCH_RAY_CALL_LOG", str(folder / "audit"))
+        summary = run(config, folder / "run")
+    return summary, [line.split("\t") for line in (folder / "audit").read_text().splitlines()]
+
+
+def test_coba_weighs_the_tasks_and_a_padded_step_says_so(adapted: tuple[Summary, list[list[str]]]) -> None:
+    folder = adapted[0].folder
+    weights = [list(record["task_weights"].values()) for record in of_kind(folder, "step")]
     assert weights[0] == [0.5, 0.5]
     assert weights[-1] != [0.5, 0.5]
     assert all(sum(both) == pytest.approx(1) for both in weights)
-    progress = json.loads((max((trained.folder / "checkpoints").glob("step-*")) / "progress.json").read_text())
+    progress = json.loads((max((folder / "checkpoints").glob("step-*")) / "progress.json").read_text())
     assert progress["weigher"]
-    assert any(record["padding"] > 0 for record in of_kind(trained.folder, "step"))
-
-    result = CliRunner().invoke(app, ["merge", str(trained.folder / "model"), "--out", str(tmp_path / "merged")])
-    assert result.exit_code == 0, result.output
-    requests = [Request(request_id="q", prompt=_QUESTION, sampling=Sampling(max_tokens=12))]
-    adapter, merged = (
-        HfEngine(str(path), dtype="float32").generate(requests)
-        for path in (trained.folder / "model", tmp_path / "merged")
-    )
-    base = HfEngine(str(tiny_model)).generate(requests)
-    assert adapter[0][0].token_ids == merged[0][0].token_ids != base[0][0].token_ids  # type: ignore[index]
+    assert any(record["padding"] > 0 for record in of_kind(folder, "step"))
 
 
-def test_early_stopping_keeps_the_best_checkpoint_and_exports_it(
-    ray_cluster: object, tiny_model: Path, tasks: tuple[Path, Path], tmp_path: Path
+@pytest.mark.numeric
+def test_lora_then_merge_answers_like_the_adapter(
+    adapted: tuple[Summary, list[list[str]]], tiny_model: Path, tmp_path: Path
 ) -> None:
-    """A learning rate that ruins the model: the first validation stays the best."""
+    """To rounding: the merged weights are rounded once more, and sums of them are made in another order."""
+    folder = adapted[0].folder / "model"
+    result = CliRunner().invoke(app, ["merge", str(folder), "--out", str(tmp_path / "merged")])
+    assert result.exit_code == 0, result.output
+    continuation = tuple(AutoTokenizer.from_pretrained(tiny_model)("The Rhine is one.")["input_ids"])
+    scored = [Request(request_id="q", prompt=_QUESTION, continuation=continuation)]
+    adapter, merged, base = (
+        HfEngine(str(path), dtype="float32").token_statistics(scored)[0].logprobs  # type: ignore[union-attr]
+        for path in (folder, tmp_path / "merged", tiny_model)
+    )
+    assert merged == pytest.approx(adapter, abs=1e-4)
+    assert max(abs(one - other) for one, other in zip(adapter, base, strict=True)) > 1e-2, "the adapter does nothing"
+
+
+@pytest.fixture(scope="module")
+def stopped(
+    ray_cluster: object, tiny_model: Path, tasks: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Record, Summary, int]:
+    """Stopped early by a learning rate that ruins the model; its configuration, and the step of its best validation."""
     config = values(
         tiny_model,
         tasks[:1],
         workers=1,
         max_steps=12,
         eval={"every": 1},
-        checkpoint={"every": 100, "keep": 1},
+        checkpoint={"every": 1, "keep": 2},
         optimizer={"learning_rate": 0.5, "schedule": "constant", "warmup": 3},
         early_stopping={"patience": 2},
     )
-    summary = run(config, tmp_path / "run")
-    validations = of_kind(summary.folder, "validation")
-    losses = [record["loss"] for record in validations]
-    best = losses.index(min(losses)) + 1
+    summary = run(config, tmp_path_factory.mktemp("stopped") / "run")
+    losses = [record["loss"] for record in of_kind(summary.folder, "validation")]
+    return config, summary, losses.index(min(losses)) + 1
+
+
+def test_early_stopping_keeps_the_best_checkpoint_and_exports_it(stopped: tuple[Record, Summary, int]) -> None:
+    _, summary, best = stopped
     assert summary.facts["outcome"] == "stopped_early"
     assert summary.facts["steps"] == best + 2 < 12
     assert summary.facts["model_step"] == summary.facts["best_step"] == best
     kept = {path.name for path in (summary.folder / "checkpoints").iterdir()}
-    assert kept == {f"step-{best:06d}", f"step-{best + 2:06d}"}
+    assert kept == {f"step-{step:06d}" for step in (best, best + 1, best + 2)}
     exported = dict(AutoModelForCausalLM.from_pretrained(summary.folder / "model").named_parameters())
     assert largest_difference(dict(read_weights(summary.folder / "checkpoints" / f"step-{best:06d}")), exported) == 0
+
+
+@pytest.mark.resume
+def test_a_resumed_run_has_as_little_patience_left_as_the_interrupted_one(
+    stopped: tuple[Record, Summary, int], tmp_path: Path
+) -> None:
+    """As if it had been killed between the first and the second validation without a new best."""
+    config, summary, best = stopped
+    folder = Path(shutil.copytree(summary.folder, tmp_path / "run"))
+    (folder / "work" / "outcome.json").unlink()
+    shutil.rmtree(folder / "checkpoints" / f"step-{best + 2:06d}")
+    shutil.rmtree(folder / "model")
+    again = run(config, folder)
+    assert [again.facts[key] for key in ("outcome", "steps", "model_step")] == ["stopped_early", best + 2, best]
+    assert of_kind(folder, "start")[-1]["resumed_from"] == best + 1
+    assert largest_difference(last_weights(summary.folder), last_weights(folder)) == 0
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_examples(
@@ -406,7 +456,7 @@ def sharp_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 def counted(model: Path, tasks: tuple[Path, ...], template: Path, **sections: Any) -> Record:
     """Four examples in a micro-batch, two micro-batches a step, a template of our own."""
-    config = values(model, tasks, batch={"examples": 4}, epochs=2, **sections)
+    config = values(model, tasks, **{"batch": {"examples": 4}, "epochs": 2, **sections})
     for task in config["tasks"]:
         task["template"] = str(template)
     return config
@@ -419,26 +469,10 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def two_epochs(
-    ray_cluster: object,
-    sharp_model: Path,
-    tasks: tuple[Path, Path],
-    template: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[Summary, list[list[str]]]:
-    """Two epochs on two workers, packed, and the audit of its steps."""
-    folder = tmp_path_factory.mktemp("two-epochs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("STITCH_RAY_CALL_LOG", str(folder / "audit"))
-        summary = run(counted(sharp_model, tasks, template), folder / "run")
-    return summary, [line.split("\t") for line in (folder / "audit").read_text().splitlines()]
-
-
 def test_every_epoch_sees_every_example_once_in_an_order_of_its_own(
-    two_epochs: tuple[Summary, list[list[str]]],
+    adapted: tuple[Summary, list[list[str]]],
 ) -> None:
-    summary, lines = two_epochs
+    summary, lines = adapted
     epochs = {record["step"] - 1: int(record["epoch"]) for record in of_kind(summary.folder, "step")}
     assert set(epochs.values()) == {0, 1}
     orders: dict[int, list[str]] = {0: [], 1: []}
@@ -454,34 +488,38 @@ def test_every_epoch_sees_every_example_once_in_an_order_of_its_own(
 
 @pytest.mark.slow
 def test_padded_micro_batches_of_the_same_examples_have_the_same_loss(
-    two_epochs: tuple[Summary, list[list[str]]],
+    ray_cluster: object,
     sharp_model: Path,
     tasks: tuple[Path, Path],
     template: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("STITCH_RAY_CALL_LOG", str(tmp_path / "audit"))
-    config = counted(sharp_model, tasks, template, packing=False, workers=1)
-    del config["epochs"]
-    config |= {"batch": {"examples": 4, "accumulation": 2}, "max_steps": 1, "split": {"validation": 0.2}}
-    padded = of_kind(run(config, tmp_path / "run").folder, "step")[0]
-    summary, lines = two_epochs
-    packed = of_kind(summary.folder, "step")[0]
-    of_step = [line for line in (tmp_path / "audit").read_text().splitlines() if line.startswith("0\t")]
-    assert sorted(of_step) == sorted("\t".join(line) for line in lines if line[0] == "0")
+    def first_step(name: str, **sections: Any) -> tuple[Record, list[str]]:
+        monkeypatch.setenv("STITCH_RAY_CALL_LOG", str(tmp_path / f"{name}-audit"))
+        config = counted(sharp_model, tasks, template, **sections)
+        del config["epochs"]
+        config |= {"max_steps": 1, "split": {"validation": 0.2}}
+        step = of_kind(run(config, tmp_path / name).folder, "step")[0]
+        lines = (tmp_path / f"{name}-audit").read_text().splitlines()
+        return step, sorted(line for line in lines if line.startswith("0\t"))
+
+    packed, of_packed = first_step("packed")
+    padded, of_padded = first_step("padded", packing=False, workers=1, batch={"examples": 4, "accumulation": 2})
+    assert of_packed == of_padded
     assert packed["padding"] == 0 < padded["padding"]
     assert (padded["tokens"], padded["loss_tokens"]) == (packed["tokens"], packed["loss_tokens"])
     print(f"packed - padded loss: {packed['loss'] - padded['loss']:.1e}")
-    assert padded["loss"] == pytest.approx(packed["loss"], abs=1e-5)
-    assert padded["tasks"] == pytest.approx(packed["tasks"], abs=1e-5)
+    assert padded["loss"] == pytest.approx(packed["loss"], rel=1e-5)
+    assert padded["tasks"] == pytest.approx(packed["tasks"], rel=1e-5)
     assert padded["grad_norm"] == pytest.approx(packed["grad_norm"], rel=1e-4)
 
 
+@pytest.mark.numeric
 def test_answers_are_asked_for_in_the_template_file_of_the_training(
-    two_epochs: tuple[Summary, list[list[str]]], tiny_model: Path
+    adapted: tuple[Summary, list[list[str]]], tiny_model: Path
 ) -> None:
-    folder = str(two_epochs[0].folder / "model")
+    folder = str(adapted[0].folder / "model")
     sampling = Sampling(max_tokens=4, token_stats=True)
     by_hand = AutoTokenizer.from_pretrained(tiny_model)(
         "<<user>>Name a river.\n<<assistant>>", add_special_tokens=False
@@ -570,20 +608,21 @@ def unknown_target(config: Record, folder: Path) -> str:
 
 
 @pytest.mark.parametrize("spoil", [missing_template, broken_template, no_usable_row, unknown_target])
-def test_mistake_is_exit_2_in_seconds_and_leaves_no_folder(
+def test_mistake_is_exit_2_before_a_step_and_leaves_no_folder(
     ray_cluster: object,
     spoil: Callable[[Record, Path], str],
     tiny_model: Path,
     tasks: tuple[Path, Path],
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("STITCH_RAY_CALL_LOG", str(tmp_path / "log"))
     config = values(tiny_model, tasks)
     message = spoil(config, tmp_path)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-    started = time.monotonic()
     result = CliRunner().invoke(app, ["finetune", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "run")])
-    assert time.monotonic() - started < 60  # no worker was started
     assert result.exit_code == 2, result.output
     assert message in result.stderr
     assert all(line.startswith("error: ") for line in result.stderr.splitlines())
     assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "log").exists()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from playwright.sync_api import BrowserContext, Page, expect, sync_playwright
 from serve_apps.page import mount_page
 from stitch_ray.reliability.cascade import replay
 from stitch_ray.reliability.metrics import risk_coverage_curve
+from tests import needs
 from tests.serving.fake_gateway import FakeGateway, Fault, serving
 
 TOKEN = "s3cret-t0ken-of-the-page"
@@ -22,9 +22,7 @@ TOKEN = "s3cret-t0ken-of-the-page"
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[BrowserContext]:
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
-        pytest.skip("no chromium on this machine")
+    found = needs.chromium()
     with sync_playwright() as playwright:
         started = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
         yield started.new_context()

@@ -26,10 +26,10 @@ from stitch_ray.reliability.tables import Answers
 from stitch_ray.runs import Step
 from tests.encoders import LONGEST, WORDS, make_encoder
 
-pytestmark = pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")
+pytestmark = [pytest.mark.numeric, pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")]
 
 ROWS = 90
-TOLERANCE = 1e-6
+TOLERANCE = 1e-5  # float32 rounds logits of 1 by 1e-6 when batches differ; those of two inputs are 1e-2 apart
 
 
 @pytest.fixture(scope="module")

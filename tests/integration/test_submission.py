@@ -39,8 +39,9 @@ def free_ports(count: int) -> list[int]:
 
 
 def takes_jobs(url: str) -> bool:
+    """Whether a job is accepted: the agent that runs it may be up later than the dashboard."""
     try:
-        _connect(url).list_jobs()
+        _connect(url).submit_job(entrypoint="true")
     except (UserError, RuntimeError, OSError):
         return False
     return True

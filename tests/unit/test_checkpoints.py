@@ -13,6 +13,8 @@ import pytest
 
 from stitch_ray.training.checkpoints import begin, commit, describe, latest_valid, listed, prune
 
+pytestmark = pytest.mark.numeric
+
 STATE = {"state-00000-00000.safetensors": b"weights" * 1000, "state-00001-00000.safetensors": b"moments" * 1000}
 
 

@@ -22,6 +22,9 @@ from stitch_ray.training.dataset import LABELLED_SCHEMA, Labelled, TokenDataset
 from stitch_ray.training.forward import ClassifierForward, tells_segments
 from stitch_ray.training.job import ClassifierHead
 from stitch_ray.training.losses import multitask_loss
+from tests.rounding import assert_close
+
+pytestmark = pytest.mark.numeric
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 PLACES = {"max_position_embeddings": 34}
@@ -267,8 +270,10 @@ def test_the_exported_classifier_gives_the_logits_of_the_trained_one(
     head = ClassifierHead("bce", train)  # type: ignore[arg-type]
     export_classifier(str(bases / kind), head, weights, tmp_path / "out", card={"step": 7}, trained_on=["q1"])
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
-    for row in range(4):
-        assert torch.equal(alone(loaded, rows, row), alone(model, rows, row))
+    trained = model.state_dict()
+    assert all(torch.equal(trained[name], weight) for name, weight in loaded.state_dict().items())
+    found, wanted = (torch.stack([alone(one, rows, row) for row in range(4)]) for one in (loaded, model))
+    assert_close(found, wanted)
     assert loaded.config.pad_token_id == model.config.pad_token_id
     text = "w5 w9 unknown"
     before, after = load_tokenizer(str(bases / kind)), AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -290,7 +295,7 @@ def test_the_folder_says_how_its_logit_is_read_to_us_and_to_hugging_face(
     logit = model(input_ids=torch.tensor([tokenizer("w5 w9")["input_ids"]])).logits[0, 0]
     (found,) = classify("w5 w9")
     assert found["label"] == "correct"
-    assert found["score"] == pytest.approx(score(logit).item(), abs=1e-6)
+    assert found["score"] == pytest.approx(score(logit).item(), rel=1e-4, abs=1e-4)
 
 
 def test_weights_of_another_training_are_not_exported(bases: Path, tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from stitch_ray.training.coba import CoBa
 
+pytestmark = pytest.mark.numeric
+
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "stitch.json").read_text())["coba"]
 FIRST_LOSSES = np.array([2.0, 0.5, 3.0])
 

@@ -6,6 +6,8 @@ import torch
 
 from stitch_ray.training.collate import collate
 
+pytestmark = pytest.mark.numeric
+
 ROWS = [
     (np.array([5, 6, 7], np.int32), np.array([0, 0, 2], np.float32), 1),
     (np.array([8, 9, 10, 11, 12], np.int32), np.array([0, 0.5, 1, 0, 1], np.float32), 0),

@@ -15,6 +15,9 @@ from stitch_ray.errors import UserError
 from stitch_ray.records import Turn
 from stitch_ray.training.adapters import add_adapter
 from stitch_ray.training.export import export_model, merge_adapter
+from tests.rounding import assert_same_greedy
+
+pytestmark = pytest.mark.numeric
 
 TEXT = "What is the sum of two and two?"
 BATCH = RatingBatch(
@@ -31,16 +34,23 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-def make_adapter(base, out, answer, targets="all-linear", **more):
-    """An adapter that was trained to answer `TEXT` with `answer`."""
+LEARNED = {"blue": " blue sky", "red": " red sun"}
+ROUNDING = 1e-3  # of a logit, which is 20 at most here
+
+
+def make_adapter(base, out, answer, targets="all-linear", steps=40, **more):
+    """An adapter that was trained to answer `TEXT` with `answer`, until it knows both by heart if `steps` allow it."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     ids = tokenizer(TEXT + answer, return_tensors="pt")["input_ids"]
     config = AdapterConfig(rank=4, alpha=16, dropout=0.5, targets=targets)
     model = add_adapter(AutoModelForCausalLM.from_pretrained(base), config, seed=0)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 5e-3)
     model.eval()
-    for _ in range(40):
-        model(input_ids=ids, labels=ids).loss.backward()
+    for _ in range(steps):
+        loss = model(input_ids=ids, labels=ids).loss
+        if loss < 0.03:
+            break
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
@@ -49,11 +59,23 @@ def make_adapter(base, out, answer, targets="all-linear", **more):
 
 
 @pytest.fixture(scope="module")
+def tiny_model(tiny_model, tmp_path_factory):
+    """The tiny model with logits ten times as far apart: as it is, all words are alike to it whatever an adapter learns."""
+    folder = tmp_path_factory.mktemp("sharp") / "model"
+    shutil.copytree(tiny_model, folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.get_output_embeddings().weight *= 10
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def adapters(tiny_model, tmp_path_factory):
     root = tmp_path_factory.mktemp("adapters")
     return {
-        "blue": make_adapter(tiny_model, root / "blue", " blue sky"),
-        "red": make_adapter(tiny_model, root / "red", " red sun", targets=["q_proj", "down_proj"]),
+        "blue": make_adapter(tiny_model, root / "blue", LEARNED["blue"], steps=500),
+        "red": make_adapter(tiny_model, root / "red", LEARNED["red"], ["q_proj", "down_proj"], steps=500),
     }
 
 
@@ -72,8 +94,9 @@ def engine(tiny_model, adapters):
 
 
 def ask(*names, **more):
+    sampling = Sampling(max_tokens=8, token_stats=True)
     return [
-        Request(request_id=f"r{i}", prompt=TEXT, adapter=name, sampling=Sampling(max_tokens=8), **more)
+        Request(request_id=f"r{i}", prompt=TEXT, adapter=name, sampling=sampling, **more)
         for i, name in enumerate(names)
     ]
 
@@ -86,8 +109,10 @@ def test_adapters_on_one_base_answer_each_for_itself_in_one_call(engine, tiny_mo
     names = ("red", None, "blue", "red", None)
     answers = engine.generate(ask(*names))
     alone = {name: plain(path).generate(ask(None))[0] for name, path in {**merged, None: tiny_model}.items()}
-    assert answers == [alone[name] for name in names]
-    assert len({alone[name][0].text for name in alone}) == 3
+    for name, (found,) in zip(names, answers, strict=True):
+        assert_same_greedy(found, alone[name][0], ROUNDING)
+    assert [alone[name][0].text.startswith(text) for name, text in LEARNED.items()] == [True, True]
+    assert not any(alone[None][0].text.startswith(text) for text in LEARNED.values())
 
 
 def test_log_likelihoods_are_those_of_the_adapter(engine, tiny_model, merged):
@@ -98,7 +123,7 @@ def test_log_likelihoods_are_those_of_the_adapter(engine, tiny_model, merged):
         for name, path in {**merged, None: tiny_model}.items()
     }
     assert [greedy for _, greedy in found] == [alone[name][1] for name in names]
-    np.testing.assert_allclose([total for total, _ in found], [alone[name][0] for name in names], atol=1e-4)
+    np.testing.assert_allclose([total for total, _ in found], [alone[name][0] for name in names], atol=5 * ROUNDING)
     assert alone["blue"][0] > max(alone["red"][0], alone[None][0]) + 1
 
 
@@ -127,11 +152,12 @@ def test_an_engine_without_adapters_refuses_one(tiny_model):
 def test_ratings_and_embeddings_are_those_of_the_base(engine, tiny_model):
     engine.generate(ask("blue"))
     base = plain(tiny_model)
-    np.testing.assert_array_equal(engine.rate(BATCH), base.rate(BATCH))
+    rated = engine.rate(BATCH)
+    np.testing.assert_allclose(rated, base.rate(BATCH), atol=ROUNDING)
     assert engine.rating_path == base.rating_path == "documents"
-    np.testing.assert_array_equal(engine.embed([TEXT]), base.embed([TEXT]))
+    np.testing.assert_allclose(engine.embed([TEXT]), base.embed([TEXT]), atol=1e-5)
     engine.generate(ask("red"))
-    np.testing.assert_array_equal(engine.rate(BATCH), base.rate(BATCH))
+    np.testing.assert_array_equal(engine.rate(BATCH), rated)  # the same weights in the same batch
 
 
 def test_info_names_the_adapters_and_depends_on_their_weights(engine, tiny_model, adapters):
@@ -153,13 +179,16 @@ def test_adapters_come_and_go_and_leave_the_base_as_it_was(tiny_model, adapters,
     for _ in range(2):
         engine.load_adapter("blue", adapters["blue"])
         assert engine.info.adapters == ("blue",)
-        assert engine.generate(ask("blue", None)) == [*plain(merged["blue"]).generate(ask(None)), *before]
+        blue, base = engine.generate(ask("blue", None))
+        assert_same_greedy(blue[0], plain(merged["blue"]).generate(ask(None))[0][0], ROUNDING)
+        assert [base] == before
         engine.load_adapter("red", adapters["red"])
         assert engine.info == dataclasses.replace(info, adapters=("blue", "red"))
         engine.unload_adapter("blue")
         gone, red, base = engine.generate(ask("blue", "red", None))
         assert str(gone) == "r0: no adapter 'blue'; known: red"
-        assert [red, base] == [*plain(merged["red"]).generate(ask(None)), *before]
+        assert_same_greedy(red[0], plain(merged["red"]).generate(ask(None))[0][0], ROUNDING)
+        assert [base] == before
         np.testing.assert_array_equal(engine.rate(BATCH), rating)
         engine.unload_adapter("red")
         assert engine.info == info
@@ -195,8 +224,8 @@ def test_loading_twice_and_unloading_what_is_not_there_are_refused(engine, adapt
 
 def test_an_adapter_folder_is_a_model_of_its_own(adapters, merged, tiny_model):
     own, one = plain(adapters["blue"]), plain(merged["blue"])
-    assert own.generate(ask(None)) == one.generate(ask(None))
-    np.testing.assert_allclose(own.rate(BATCH), one.rate(BATCH), atol=1e-4)
+    assert_same_greedy(own.generate(ask(None))[0][0], one.generate(ask(None))[0][0], ROUNDING)
+    np.testing.assert_allclose(own.rate(BATCH), one.rate(BATCH), atol=ROUNDING)
     assert own.rating_path == "documents"
     np.testing.assert_allclose(own.embed([TEXT]), one.embed([TEXT]), atol=1e-5)
     assert own.info.adapters == ()

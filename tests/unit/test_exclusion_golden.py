@@ -13,15 +13,14 @@ import pytest
 from stitch_ray.exclusion.datasets import merge
 from stitch_ray.exclusion.labelling import label_files
 from stitch_ray.exclusion.merging.preflight import answered
-from tests.conftest import shared_data
+from tests import needs
 
-EXAR = shared_data() / "exar"
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "exar.json").read_text())
-pytestmark = pytest.mark.skipif(not EXAR.is_dir(), reason="needs the published EXAR files (STITCH_RAY_DATA)")
 
 
 def file(kind: str, name: str) -> str:
-    return str(EXAR / name / f"{name}_{'preds' if kind == 'predictions' else 'merged'}_metrics_deberta.xlsx")
+    part = "preds" if kind == "predictions" else "merged"
+    return str(needs.real_data("exar", name, f"{name}_{part}_metrics_deberta.xlsx"))
 
 
 @pytest.mark.parametrize("name", ["dolly", "squad"])

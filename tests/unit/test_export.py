@@ -16,6 +16,9 @@ from stitch_ray.errors import UserError
 from stitch_ray.training import export
 from stitch_ray.training.adapters import add_adapter, load_base
 from stitch_ray.training.export import export_model, merge_adapter
+from tests.rounding import assert_close
+
+pytestmark = pytest.mark.numeric
 
 IDS = torch.arange(3, 40)[None]
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -108,7 +111,7 @@ def test_a_full_model_survives_with_its_names_ties_and_buffers(tiny_model, tmp_p
     tied = loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight
     assert tied == (shape == "llama, tied")
     assert all(torch.equal(loaded.state_dict()[name], value) for name, value in model.state_dict().items())
-    assert torch.equal(logits(loaded), logits(model))
+    assert_close(logits(loaded), logits(model))
     with (
         safe_open(tmp_path / "base" / "model.safetensors", "pt") as before,
         safe_open(tmp_path / "out" / "model.safetensors", "pt") as after,
@@ -121,7 +124,12 @@ def test_a_saved_model_generates_as_the_trained_one(tiny_model, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.generation_config.eos_token_id == model.generation_config.eos_token_id
     ask = {"input_ids": IDS, "max_new_tokens": 8, "do_sample": False}
-    assert torch.equal(loaded.generate(**ask), model.generate(**ask))
+    found, wanted = (one.generate(**ask, output_logits=True, return_dict_in_generate=True) for one in (loaded, model))
+    for ours, theirs in zip(found.logits, wanted.logits, strict=False):
+        assert_close(ours, theirs)
+        if ours.argmax() != theirs.argmax():
+            return  # a toss-up that rounding decides: from here on each reads its own token
+    assert torch.equal(found.sequences, wanted.sequences)
 
 
 def test_the_tokenizer_splits_as_before_and_has_the_template_of_the_training(tiny_model, tmp_path):
@@ -244,7 +252,7 @@ def lora(tiny_model, out, targets="all-linear", **more):
 def test_an_adapter_loads_with_peft_and_answers_as_trained(tiny_model, tmp_path):
     model = lora(tiny_model, tmp_path / "out", chat_template=TEMPLATE)
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), tmp_path / "out")
-    assert torch.equal(logits(loaded), logits(model))
+    assert_close(logits(loaded), logits(model))
     assert not torch.allclose(logits(loaded), logits(AutoModelForCausalLM.from_pretrained(tiny_model)), atol=1e-2)
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == TEMPLATE
     assert json.loads((tmp_path / "out" / "stitch_ray.json").read_text())["method"] == "lora"

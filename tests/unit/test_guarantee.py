@@ -1,6 +1,6 @@
 """The promise, by simulation: on fresh draws of calibration and test data it fails in at most delta of them.
 
-Every draw calibrates, makes a policy and puts fresh questions through `decide`, the code that answers in use. The risk
+Every draw calibrates, makes a policy and replays it on fresh questions, which is shown to be what `decide` does. The risk
 of a policy is the mean of the true probabilities of being wrong over what it answers, so that a broken promise is not
 mistaken for bad luck in the test labels. What cuts corners is simulated beside it and shown to break the promise: were
 it kept as well, these tests could not fail.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -77,7 +77,15 @@ def policy(*found: Threshold, route: str = "none") -> Policy:
 
 
 def in_use(made: Policy, fresh: Questions, target_risk: float | None = None) -> tuple[float, float]:
-    """True risk (0 if nothing is answered) and coverage of a policy, question by question through `decide`."""
+    """True risk (0 if nothing is answered) and coverage of a policy in use; that it is what `decide` does is tested below."""
+    if made.has_route:
+        return replayed(made.target(target_risk=target_risk).threshold, fresh)
+    drafts = Questions(*(fresh.draft, fresh.draft_risk, fresh.draft_loss) * 2)
+    return replayed(made.target(target_risk=target_risk).threshold, drafts)
+
+
+def decided(made: Policy, fresh: Questions, target_risk: float | None = None) -> tuple[float, float]:
+    """`in_use`, question by question through `decide`."""
     answered, risk = 0, 0.0
     columns = (fresh.draft, fresh.draft_risk, fresh.final, fresh.final_risk)
     for draft, draft_risk, final, final_risk in zip(*(column.tolist() for column in columns), strict=True):
@@ -91,7 +99,7 @@ def in_use(made: Policy, fresh: Questions, target_risk: float | None = None) -> 
 
 
 def replayed(threshold: float | None, fresh: Questions) -> tuple[float, float]:
-    """`in_use` on arrays, for what is only compared with."""
+    """True risk (0 if nothing is answered) and coverage at a threshold for both stages; None abstains on everything."""
     if threshold is None:
         return 0.0, 0.0
     accepted, risk = replay(fresh.draft, fresh.draft_risk, fresh.final, fresh.final_risk, [threshold])
@@ -263,10 +271,21 @@ def test_a_scorer_at_chance_costs_answers_not_the_promise() -> None:
     assert mean_coverage(outcomes) < 0.05
 
 
-def test_replay_answers_what_decide_answers_in_a_whole_draw() -> None:
+@pytest.mark.parametrize("route", ["none", "dialogue"])
+@pytest.mark.parametrize("thresholds", [(0.8,), (0.0,), (1.0,), (None,), (0.95, 0.5, None)])
+def test_the_simulated_policies_answer_what_decide_answers(route: str, thresholds: tuple[float | None, ...]) -> None:
+    """Confidences lie on a grid, so that many of them equal a threshold."""
     rng = np.random.default_rng(7)
     fresh = cascade(1.8, 0.7)(rng, FRESH)
-    accepted, risk = replay(fresh.draft, fresh.draft_risk, fresh.final, fresh.final_risk, [0.8])
-    found = Threshold(0.8, 0.1, DELTA, 1, 1, 0.0, 1.0, 0.0, "learn_then_test", None)
-    expected = (risk[0].sum() / accepted.sum(), accepted.mean())
-    assert in_use(policy(found, route="revise"), fresh) == pytest.approx(expected)
+    grid = {"draft": np.round(fresh.draft * 20) / 20, "final": np.round(fresh.final * 20) / 20}
+    fresh = replace(fresh, **grid)
+    found = [
+        Threshold(value, 0.1 * (1 + number), DELTA, 1, 1, 0.0, 1.0, 0.0, "learn_then_test", None)
+        for number, value in enumerate(thresholds)
+    ]
+    made = policy(*found, route=route)
+    assert made.has_route == (route != "none")
+    for threshold in found:
+        expected = decided(made, fresh, threshold.risk)
+        assert in_use(made, fresh, threshold.risk) == pytest.approx(expected)
+    assert (expected[1] > 0) == (thresholds[-1] is not None)

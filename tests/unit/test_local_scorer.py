@@ -21,6 +21,8 @@ from stitch_ray.reliability.scorer.file import ScorerFile
 from stitch_ray.reliability.scorer.inputs import ScoreInput
 from stitch_ray.reliability.scorer.logistic import LogisticStack
 
+pytestmark = pytest.mark.numeric
+
 FILE = ScorerFile(
     encoder_fingerprint=None,
     loss=None,

@@ -17,6 +17,8 @@ from torch.nn.functional import cross_entropy
 from stitch_ray.config.finetune import LossMode
 from stitch_ray.training.losses import LossTotals, multitask_loss, task_losses
 
+pytestmark = pytest.mark.numeric
+
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "stitch.json").read_text())["loss"]
 MODES = get_args(LossMode)
 MASK = torch.tensor(GOLDEN["loss_mask"])

@@ -12,6 +12,9 @@ from stitch_ray.config.finetune import AdapterConfig
 from stitch_ray.training import export
 from stitch_ray.training.adapters import add_adapter
 from stitch_ray.training.export import export_model, merge_adapter
+from tests.rounding import assert_close
+
+pytestmark = pytest.mark.numeric
 
 IDS = torch.arange(3, 40)[None]
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -66,12 +69,12 @@ def test_merged_logits_are_the_adapters(tiny_model, adapter, tmp_path):
     assert code == 0, output
     assert f"{tmp_path / 'merged'}: " in output
     assert "parameters in float32" in output
-    assert float(output.split("adapter's by ")[1].split()[0]) <= 1e-4
+    assert float(output.split("adapter's by ")[1].split()[0]) <= 1e-3
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
     before = logits(base)
     expected = logits(PeftModel.from_pretrained(base, adapter))
     found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
-    assert (found - expected).abs().max() <= 1e-4
+    assert_close(found, expected)
     assert (found - before).abs().max() > 0.1
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 

@@ -11,6 +11,8 @@ from stitch_ray.engines.documents import UnsupportedAttentionError
 from stitch_ray.engines.hf import attend_as_defined
 from stitch_ray.training import attention
 
+pytestmark = pytest.mark.numeric
+
 VOCAB, WINDOW = 61, 6
 LENGTHS = (11, 1, 7, 7, 14)
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stitch_ray.training.packing import pack, utilisation
-from tests.conftest import shared_data
+from tests import needs
 
 
 @given(st.lists(st.integers(1, 50), max_size=60), st.integers(50, 120))
@@ -56,9 +56,7 @@ def test_utilisation_is_the_share_that_holds_tokens():
 @pytest.mark.parametrize("capacity", [1024, 2048])
 def test_alpaca_fills_more_than_95_percent(capacity):
     """Characters stand for tokens, scaled to the mean (251) and cut at the longest (934) of the tokens measured."""
-    path = shared_data() / "instructions" / "alpaca_en_1k.json"
-    if not path.exists():
-        pytest.skip(f"{path} is not there")
+    path = needs.real_data("instructions", "alpaca_en_1k.json")
     rows = json.loads(path.read_text(encoding="utf-8"))
     characters = np.array([sum(len(value) for value in row.values() if isinstance(value, str)) for row in rows])
     lengths = np.clip(characters * 251 / characters.mean(), 1, 934).astype(int)

@@ -10,6 +10,8 @@ import pytest
 from stitch_ray.ensemble.adapters import Adapters, engine_name
 from stitch_ray.errors import UserError
 
+pytestmark = pytest.mark.numeric
+
 TASKS = ["geography", "history", "music", "law v1.2"]
 
 

@@ -23,6 +23,8 @@ from stitch_ray.engines.rating import (
     rating_head,
 )
 
+pytestmark = pytest.mark.numeric
+
 VOCAB = 97
 WINDOW = 8
 BUDGET = 150

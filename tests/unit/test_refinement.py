@@ -20,10 +20,9 @@ from stitch_ray.evaluation.refinement import (
     same_answer,
     unchanged_rate,
 )
-from tests.conftest import shared_data
+from tests import needs
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "stitch.json").read_text())
-FIXTURE = shared_data() / "stitch" / "commonsense_qa_predictions.json"
 
 
 def test_corrected_and_broken_answers_are_counted_apart() -> None:
@@ -73,10 +72,9 @@ def test_options_are_read_from_the_question_or_from_a_closed_set_of_answers() ->
     assert count_options(["q"] * 3, [["one"], ["two"], ["three"]]) == [None] * 3
 
 
-@pytest.mark.skipif(not FIXTURE.exists(), reason="needs the CommonsenseQA predictions of the reference")
 @pytest.mark.parametrize("name", ["noop", "perfect", "next_letter", "constant_C"])
 def test_the_debate_simulations_of_the_reference_are_reproduced_by_what_they_really_measure(name: str) -> None:
-    rows = json.loads(FIXTURE.read_text())
+    rows = json.loads(needs.real_data("stitch", "commonsense_qa_predictions.json").read_text())
     gold, drafts = [row["output"] for row in rows], [row["predict"] for row in rows]
     debaters = {
         "noop": drafts,
@@ -105,9 +103,8 @@ def test_the_debate_simulations_of_the_reference_are_reproduced_by_what_they_rea
     assert np.mean(counted) == pytest.approx(expected["f1_improved"])
 
 
-@pytest.mark.skipif(not FIXTURE.exists(), reason="needs the CommonsenseQA predictions of the reference")
 def test_the_dialogues_of_the_reference_must_beat_chance_which_is_a_quarter_there() -> None:
-    rows = json.loads(FIXTURE.read_text())
+    rows = json.loads(needs.real_data("stitch", "commonsense_qa_predictions.json").read_text())
     options = count_options([row["input"] for row in rows], [[row["output"]] for row in rows])
     assert set(options) == {5}
     right = [row["output"] == row["predict"] for row in rows]

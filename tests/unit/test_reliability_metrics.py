@@ -24,6 +24,8 @@ from sklearn.metrics import (
 
 from stitch_ray.reliability import metrics
 
+pytestmark = pytest.mark.numeric
+
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "metrics.json").read_text())
 Floats = NDArray[np.float64]
 

@@ -20,6 +20,8 @@ from stitch_ray.reliability.scorer.inputs import ScoreInput
 from stitch_ray.reliability.scorer.logistic import ENCODER, LogisticStack
 from tests.encoders import make_encoder
 
+pytestmark = pytest.mark.numeric
+
 STACK = LogisticStack((ENCODER, "perplexity"), (0.1, 2.0), (0.3, 1.5), (1.2, -0.7), 1 / 3)
 ISOTONIC = Isotonic((-4.0, -1.0, 0.5, 4.0), (0.05, 0.2, 0.7, 0.95))
 

@@ -20,6 +20,8 @@ from stitch_ray.reliability.scorer.logistic import ENCODER, LogisticStack, featu
 from stitch_ray.reliability.scorer.stack import fit_isotonic, fit_scorer, fit_stack
 from stitch_ray.reliability.tables import Answers
 
+pytestmark = pytest.mark.numeric
+
 
 def made_features(rows: int = 600, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """(rows, 2): a logit that knows half of it, and a perplexity-like signal that knows the rest; and correct, (rows,)."""

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from stitch_ray.selection import scores
 
+pytestmark = pytest.mark.numeric
+
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "selectit.json").read_text())
 LOGITS = np.array(GOLDEN["rating_logits"])
 

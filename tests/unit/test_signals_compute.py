@@ -15,6 +15,8 @@ from stitch_ray.reliability.signals.compute import SignalItem, compute_signals, 
 from stitch_ray.reliability.signals.equivalence import ExactEquivalence
 from stitch_ray.reliability.signals.registry import FROM_SAMPLES, FROM_TOKENS
 
+pytestmark = pytest.mark.numeric
+
 QUESTIONS = ["What colour is the sky?", "Name the sum of two and two.", "What is a cat?"]
 TOKENS = sorted(FROM_TOKENS)
 
@@ -89,7 +91,7 @@ def test_every_signal_of_every_answer_that_has_one(engine, items):
     assert (found["p_true"][~blank] > 0).all()
     assert (found["p_true"][~blank] < 1).all()
     for name in {*SIGNAL_NAMES} - {"p_true", "verbalized_confidence"}:  # a model of this size writes no numbers
-        assert np.isfinite(found[name]).all(), name
+        assert (np.isfinite(found[name]) | blank).all(), name
     for number in range(len(QUESTIONS)):
         own = [i for i, item in enumerate(items) if item.question_id == str(number)]
         assert len(set(found["semantic_entropy"][own])) == len(set(found["lexical_similarity"][own])) == 1
@@ -152,8 +154,9 @@ def test_without_an_engine_unknown_statistics_are_unscored_and_counted(engine, i
     problems = Counter()
     found = compute_signals([*TOKENS, "answer_length"], items, problems=problems)
     generated = np.array([item.kind != "distractor" for item in items])
+    told = np.array([bool(item.token_ids) for item in items])  # an answer that ended at once has no token
     for name in TOKENS:
-        np.testing.assert_array_equal(np.isfinite(found[name]), generated)
+        np.testing.assert_array_equal(np.isfinite(found[name]), told)
     assert sum(problems.values()) == len(QUESTIONS)
     assert (found["answer_length"][~generated] == 1).all()
     problems.clear()

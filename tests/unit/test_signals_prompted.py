@@ -13,6 +13,8 @@ from stitch_ray.engines.hf import HfEngine
 from stitch_ray.records import Turn
 from stitch_ray.reliability.signals.prompted import p_true, parse_percentage, verbalized_confidence
 
+pytestmark = pytest.mark.numeric
+
 QUESTION = (Turn("system", "Be brief."), Turn("user", "What does $x cost, {in} dollars?"))
 
 

@@ -20,6 +20,8 @@ from stitch_ray.reliability.signals.samples import (
     weighted_semantic_entropy,
 )
 
+pytestmark = pytest.mark.numeric
+
 LABELS = st.lists(st.integers(0, 4), min_size=2, max_size=12)
 
 

@@ -11,6 +11,8 @@ from stitch_ray.config.reliability import SIGNAL_NAMES
 from stitch_ray.reliability.signals.registry import FROM_PROMPTS, FROM_SAMPLES, FROM_TOKENS, SIGN
 from stitch_ray.reliability.signals.tokens import needed_statistics, token_signals
 
+pytestmark = pytest.mark.numeric
+
 LOGPROBS = st.lists(st.floats(-30, 0), min_size=1, max_size=20)
 
 

@@ -27,6 +27,8 @@ from stitch_ray.reliability.risk.scaling import on_one_scale
 from stitch_ray.reliability.stage_scale import LEAST_LABELS, StageScale
 from tests.scripted import policy_for
 
+pytestmark = pytest.mark.numeric
+
 RISK, DELTA, DRAWS = 0.1, 0.1, 100
 ALLOWED = DELTA + 3 * math.sqrt(DELTA * (1 - DELTA) / DRAWS)
 SCALE = StageScale(draft=Platt(1.0, 0.0), refined=Platt(0.2, 2.0))

@@ -10,6 +10,8 @@ from stitch_ray.records import Example, Turn
 from stitch_ray.training import tiny
 from stitch_ray.training.tiny import choose_geometry, default_vocab_size, make_tiny_model, parse_parameters
 
+pytestmark = pytest.mark.numeric
+
 DIALOGUE = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Größe 42?\n\nπ ≈ 3.14 🙂 日本"},

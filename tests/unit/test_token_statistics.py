@@ -9,6 +9,8 @@ from stitch_ray.engines.base import EngineError, Request, Sampling
 from stitch_ray.engines.hf import HfEngine
 from stitch_ray.records import Turn
 
+pytestmark = pytest.mark.numeric
+
 PROMPTS = [(Turn("user", "What is the sum of two and two?"),), "Name a colour:", "The", (5, 6, 7, 8, 9, 10, 11)]
 
 

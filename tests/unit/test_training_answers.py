@@ -13,6 +13,8 @@ from stitch_ray.records import Turn
 from stitch_ray.training import answers
 from stitch_ray.training.answers import Question, evaluate_answers, first_questions, normalise, question
 
+pytestmark = pytest.mark.numeric
+
 
 def asked(text: str, reference: str = "yes", task: str = "a") -> Question:
     return {"task": task, "messages": [{"role": "user", "content": text}], "reference": reference}
@@ -44,7 +46,7 @@ def test_only_white_space_is_forgiven(text: str, same: bool) -> None:
 def test_answers_are_those_of_the_engine(tiny_model: Path) -> None:
     texts = ["What is two plus two?", "Name a colour.", "Say hello."]
     prompts = [(Turn("user", text),) for text in texts]
-    engine = HfEngine(str(tiny_model))
+    engine = HfEngine(str(tiny_model), num_threads=1)
     requests = [
         Request(request_id=t, prompt=p, sampling=Sampling(max_tokens=6)) for t, p in zip(texts, prompts, strict=True)
     ]

@@ -12,6 +12,8 @@ import pytest
 from stitch_ray.errors import UserError
 from stitch_ray.training.metrics import MetricsLog, Tail, TensorBoard, flops_per_token, peak_flops, write_tensorboard
 
+pytestmark = pytest.mark.numeric
+
 
 def step(number: int, loss: float = 1.0) -> dict[str, Any]:
     return {

@@ -40,8 +40,8 @@ class SequenceClassificationScorer:
     """A Hugging Face sequence classifier with one output, as `train-scorer` writes it to `model/`.
 
     `batch_tokens`: tokens of one forward, padding included; default: what suits the device. `max_length`: longest input; default: what the model takes.
-    On CPU, `num_threads` fixes torch's threads. Scores depend on the other answers of a call by rounding alone (1e-6),
-    and not on their order: the same set of answers gives the same bits.
+    On CPU, `num_threads` fixes torch's threads. Scores depend on the other answers of a call by rounding alone (1e-6 was
+    seen), and not on their order: on one machine the same set of answers gives the same bits.
 
     Raises UserError for a folder that holds no such model.
     """
