@@ -128,9 +128,7 @@ class ZeroConfig(Strict):
 class ResourcesConfig(Strict):
     """What one worker runs on."""
 
-    num_threads: int = Field(
-        1, ge=1, description="CPUs and torch threads of a worker; another number rounds otherwise"
-    )
+    num_threads: int = Field(1, ge=1, description="CPUs and torch threads of a worker; another number rounds otherwise")
     num_gpus: float = Field(0, ge=0, description="GPUs of a worker: 0 trains on the CPU")
     max_failures: int = Field(3, ge=0, description="restarts after a worker or node was lost, before the job fails")
 
