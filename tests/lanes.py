@@ -19,13 +19,13 @@ from tests.needs import MENDED_BY
 # waits long for the other. A file that is missing here is only begun later than would be best.
 LONGEST_FIRST = (
     "test_select.py",
+    "test_demo.py",
     "test_finetune.py",
     "test_predict.py",
     "test_train_scorer.py",
     "test_sample_answers.py",
     "test_serving_models.py",
     "test_submission.py",
-    "test_demo.py",
     "test_vllm_engine.py",
     "test_vllm_async.py",
     "test_exar.py",

@@ -19,14 +19,20 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 _PERIOD_S = 4 * 3600
+_TIDY_UP_S = 60.0
 
 # Beginnings of paths -> files whose slow tests are about them.
 AREAS: Mapping[str, tuple[str, ...]] = {
-    "stitch_ray/selection/": ("faults/test_select_faults.py", "integration/test_select.py"),
+    "stitch_ray/selection/": (
+        "faults/test_select_faults.py",
+        "integration/test_select.py",
+        "unit/test_rating_paths.py",
+    ),
     "stitch_ray/data/": ("unit/test_readers.py", "faults/test_select_faults.py"),
     "stitch_ray/engines/": ("faults/test_select_faults.py", "integration/test_serving_models.py"),
     "stitch_ray/training/": (
         "integration/test_finetune.py",
+        "integration/test_zero_state.py",
         "integration/test_train_scorer_encoder.py",
         "faults/test_finetune_faults.py",
     ),
@@ -87,7 +93,7 @@ def _run(command: list[str], seconds: float) -> int | None:
     """Exit code; None if the time was not enough. Nothing that it started is left then."""
     environment = {**os.environ, "STITCH_RAY_TEST_FORK": "0"}  # Ray starts its workers itself, as in use
     process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
-    for patience, end in ((seconds, signal.SIGINT), (60.0, signal.SIGKILL)):
+    for patience, end in ((seconds, signal.SIGINT), (_TIDY_UP_S, signal.SIGKILL)):
         try:
             code = process.wait(patience)
         except subprocess.TimeoutExpired:

@@ -567,7 +567,7 @@ def test_logits_that_are_not_finite_quarantine_their_row_alone(
 def test_no_row_with_finite_logits_is_said_in_one_line(poisoned_model: Path, tmp_path: Path) -> None:
     path = write_lines(tmp_path / "rows.jsonl", [{"instruction": f"Draw {n}.", "output": "☃"} for n in range(4)])
     found = cli(values(path, poisoned_model), tmp_path, "--out", str(tmp_path / "run"))
-    assert found.exit_code == 1  # nobody's mistake in the configuration
+    assert found.exit_code == 2
     assert "not finite" in found.stderr
 
 

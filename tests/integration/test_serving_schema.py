@@ -30,6 +30,15 @@ OPERATIONS = (
     ("/healthz", "GET"),
     ("/metrics", "GET"),
 )
+TAKES_NOTHING = {(path, "GET") for path in ("/v1/models", "/v1/models/{model}", "/v1/policy", "/healthz", "/metrics")}
+"""Operations to which nothing wrong can be sent."""
+
+CASES = [
+    (*operation, mode)
+    for operation in OPERATIONS
+    for mode in GenerationMode
+    if mode is GenerationMode.POSITIVE or operation not in TAKES_NOTHING
+]
 CHECKS = [
     checks.not_a_server_error,
     checks.status_code_conformance,
@@ -52,12 +61,9 @@ def test_no_operation_is_left_out(api: Any) -> None:
     assert found == set(OPERATIONS)
 
 
-@pytest.mark.parametrize("mode", list(GenerationMode))
-@pytest.mark.parametrize(("path", "method"), OPERATIONS)
+@pytest.mark.parametrize(("path", "method", "mode"), CASES)
 def test_every_request_is_answered_as_the_schema_says(api: Any, path: str, method: str, mode: GenerationMode) -> None:
     operation = api[path][method]
-    if mode is GenerationMode.NEGATIVE and method == "GET" and path != "/v1/policy/curve":
-        pytest.skip("there is nothing to send wrong")
 
     @given(case=operation.as_strategy(generation_mode=mode))
     @settings(
@@ -69,7 +75,7 @@ def test_every_request_is_answered_as_the_schema_says(api: Any, path: str, metho
         suppress_health_check=list(HealthCheck),
     )
     def ask(case: Any) -> None:
-        case.call_and_validate(checks=CHECKS, timeout=10)
+        case.call_and_validate(checks=CHECKS, timeout=60)
 
     ask()
 

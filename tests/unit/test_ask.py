@@ -92,11 +92,13 @@ def test_nobody_there_says_how_to_start_a_server() -> None:
 
 
 def test_mistakes_are_exit_code_2(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "calibrated are [0.1, 0.05, 0.01]" in run(gateway, "Where?", "--risk", "0.2").stderr
+    unknown = run(gateway, "Where?", "--risk", "0.2")
+    assert (unknown.exit_code, "calibrated are [0.1, 0.05, 0.01]" in unknown.stderr) == (2, True)
     empty = run(gateway, "-", stdin=" \n")
     assert (empty.exit_code, empty.stderr) == (2, "error: the question is empty\n")
     gateway.token = "s3cret"
-    assert "give --token-env" in run(gateway, "Where?").stderr
+    nameless = run(gateway, "Where?")
+    assert (nameless.exit_code, "give --token-env" in nameless.stderr) == (2, True)
     monkeypatch.setenv("WRONG", "wr0ng")
     result = run(gateway, "Where?", "--token-env", "WRONG")
     assert (result.exit_code, "the token in WRONG" in result.stderr, "wr0ng" in result.stderr) == (2, True, False)
@@ -104,4 +106,6 @@ def test_mistakes_are_exit_code_2(gateway: FakeGateway, monkeypatch: pytest.Monk
 
 def test_a_failing_server_is_exit_code_1(gateway: FakeGateway) -> None:
     gateway.faults[:] = [Fault(status=504)]
-    assert run(gateway, "Where?").exit_code == 1
+    result = run(gateway, "Where?")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "HTTP 504" in result.stderr

@@ -95,7 +95,7 @@ def test_unscored_answers_are_never_accepted_and_stay_in_the_coverage() -> None:
         "needs at least 22 accepted calibration answers without an error; there are 0",
     )
     assert sgr(np.full(100, np.nan), np.zeros(100), 0.1, 0.1).value is None
-    assert math.isclose(sgr(np.r_[confidence, np.nan], np.r_[errors, 0], 0.1, 0.1).num_calibration, 401)
+    assert sgr(np.r_[confidence, np.nan], np.r_[errors, 0], 0.1, 0.1).num_calibration == 401
 
 
 def test_fixed_sequence_stops_at_the_first_failure_even_if_a_later_threshold_would_pass() -> None:
@@ -291,14 +291,24 @@ def test_platt_agrees_with_scikit_learn() -> None:
 
 
 @pytest.mark.parametrize(
-    "values",
-    [{"x": [1, 0], "y": [0, 1]}, {"x": [0, 1], "y": [1, 0]}, {"x": [0], "y": [0, 1]}, {"x": [], "y": []}, {"x": [0], "y": [2]},
-     {"x": ["a"], "y": [0]}, {"x": [0, 1]}],
-)  # fmt: skip
-def test_numbers_that_are_no_monotone_map_are_refused(values: dict[str, list[float]]) -> None:
-    with pytest.raises(ValueError):
+    ("values", "problem"),
+    [
+        ({"x": [1, 0], "y": [0, 1]}, "must increase"),
+        ({"x": [0, 1], "y": [1, 0]}, "must not fall"),
+        ({"x": [0], "y": [0, 1]}, "1 scores and 2 probabilities"),
+        ({"x": [], "y": []}, "and some"),
+        ({"x": [0], "y": [2]}, r"isotonic\.y must lie in \[0, 1\]"),
+        ({"x": ["a"], "y": [0]}, "x must be a list of numbers"),
+        ({"x": [0, 1]}, "y must be a list of numbers"),
+    ],
+)
+def test_numbers_that_are_no_monotone_map_are_refused(values: dict[str, list[float]], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
         Isotonic.from_dict(values)
-    with pytest.raises(ValueError):
+
+
+def test_a_falling_map_and_unscored_answers_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"platt\.slope must not be negative"):
         Platt.from_dict({"slope": -1, "intercept": 0})
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="must be finite"):
         Isotonic.fit([np.nan], [1])

@@ -231,8 +231,16 @@ def test_settings_that_contradict_each_other_are_refused(sections: dict[str, Any
         {"select": {"method": "diverse", "diversity": {"encoder": "e"}}},
     ],
 )
-def test_the_same_settings_within_the_rules_are_taken(sections: dict[str, Any]) -> None:
-    config(**sections)
+def test_the_same_settings_within_the_rules_are_taken_as_they_are(sections: dict[str, Any]) -> None:
+    def missing(found: Any, given: Any, place: str) -> list[str]:
+        if isinstance(given, dict):
+            return [problem for key in given for problem in missing(found[key], given[key], f"{place}.{key}")]
+        if isinstance(given, list):
+            pairs = zip(found, given, strict=True)
+            return [problem for k, (one, other) in enumerate(pairs) for problem in missing(one, other, f"{place}.{k}")]
+        return [] if found == given else [place]
+
+    assert missing(config(**sections).model_dump(), sections, "config") == []
 
 
 @pytest.mark.parametrize(

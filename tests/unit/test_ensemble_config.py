@@ -53,10 +53,16 @@ def test_what_does_not_go_together_is_refused(
 
 
 def test_what_goes_together_is_taken() -> None:
-    validate(CONFIGS["predict"], PREDICT, "config")
-    validate(CONFIGS["predict"], {**PREDICT, "ensemble": DIALOGUE, "policy": None, "calibration": True}, "config")
-    validate(CONFIGS["predict"], {"data": PREDICT["data"], "target": SERVED}, "config")
-    validate(CONFIGS["serve"], {**SERVE, "http": {"host": "0.0.0.0", "token_env": "TOKEN"}}, "config")
+    plain = validate(CONFIGS["predict"], PREDICT, "config")
+    assert (plain.ensemble.route, plain.scorer, plain.policy, plain.calibration) == ("none", "s", "p", False)
+    both = {**PREDICT, "ensemble": DIALOGUE, "policy": None, "calibration": True}
+    calibrating = validate(CONFIGS["predict"], both, "config")
+    assert [member.name for member in calibrating.ensemble.auxiliaries] == ["a", "b"]
+    assert (calibrating.ensemble.route, calibrating.policy, calibrating.calibration) == ("dialogue", None, True)
+    remote = validate(CONFIGS["predict"], {"data": PREDICT["data"], "target": SERVED}, "config")
+    assert (remote.target.url, remote.ensemble) == (SERVED["url"], None)
+    served = validate(CONFIGS["serve"], {**SERVE, "http": {"host": "0.0.0.0", "token_env": "TOKEN"}}, "config")
+    assert (served.http.host, served.http.token_env) == ("0.0.0.0", "TOKEN")
 
 
 def test_paths_of_members_and_adapters_travel(tmp_path: Path) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import replace
 from typing import Any
 
-from stitch_ray.config.ensemble import EnsembleConfig
+from stitch_ray.config.ensemble import EnsembleConfig, MemberConfig
 from stitch_ray.ensemble.fingerprints import ensemble_fingerprints
 from stitch_ray.ensemble.members import load_auxiliary, load_primary
 from stitch_ray.ensemble.predictor import Predictor, build_predictor
@@ -31,6 +32,11 @@ def config(primary: FakeEndpoint, auxiliary: FakeEndpoint, **more: Any) -> Ensem
             **more,
         }
     )
+
+
+def waiting(member: MemberConfig, timeout_s: float) -> MemberConfig:
+    """The same server, given this long for an answer."""
+    return member.model_copy(update={"endpoint": member.endpoint.model_copy(update={"timeout_s": timeout_s})})
 
 
 async def predicted(settings: EnsembleConfig, confidences: dict[str, Any], limits: Limits = Limits()) -> Prediction:
@@ -63,15 +69,19 @@ def test_servers_refine_in_json_and_their_faults_cost_attempts() -> None:
     draft = found.trace[0]
     assert draft["signals"] == {"verbalized_confidence": 0.85}
     assert found.calls == 2 + 4 + 1  # draft and its confidence, turns, confidence of the refined answer
-    assert found.tokens > 0
+    assert found.tokens == 10 * (2 + 2 + 1)  # as the servers count them, of the replies that could be read
 
 
 def test_a_server_that_stalls_is_left_at_the_deadline() -> None:
-    with serving(primary_says) as primary, serving(said("Milan"), faults=[Fault(stall_s=4)]) as auxiliary:
-        limits = Limits(deadline_s=1.0)
-        found = asyncio.run(predicted(config(primary, auxiliary), {"Rome": 0.4, "Milan": 0.9}, limits))
+    """Before its own time is up, after which it would be asked again."""
+    with serving(primary_says) as primary, serving(said("Milan"), faults=[Fault(stall_s=600)] * 9) as auxiliary:
+        settings = config(primary, auxiliary)
+        patient = settings.model_copy(update={"auxiliaries": [waiting(one, 300) for one in settings.auxiliaries]})
+        found = asyncio.run(predicted(patient, {"Rome": 0.4, "Milan": 0.9}, Limits(deadline_s=2.0)))
+        while not auxiliary.abandoned:
+            time.sleep(0.01)
     assert (found.decision, found.reason, found.answer) == ("abstain", "deadline", None)
-    assert found.seconds < 3
+    assert (len(auxiliary.seen), auxiliary.abandoned) == (1, 1)
 
 
 def test_servers_that_say_nothing_readable_fail_the_answer() -> None:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from stitch_ray.config import CONFIGS, load_config
-from stitch_ray.config.exar import ExarRefineConfig, ExarRunConfig
+from stitch_ray.config.exar import ExarRunConfig
 from stitch_ray.config.loading import validate
 from stitch_ray.errors import UserError
 from stitch_ray.exclusion.chain.stages import Stages
@@ -74,7 +74,8 @@ def test_controls_take_the_validators_place() -> None:
     kinds = {name: made.refine(name) for name in ("oracle", "random", "always")}
     assert all(one.adapters.validator is None and one.adapters.answer for one in kinds.values())
     assert (kinds["oracle"].validator.kind, kinds["always"].validator.accept) == ("oracle", 1.0)
-    assert isinstance(kinds["random"], ExarRefineConfig)
+    assert (kinds["random"].validator.kind, kinds["always"].validator.kind) == ("random", "random")
+    assert {one.validator.threshold for one in kinds.values()} == {0.7}
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def test_a_validator_at_chance_has_none_of_either() -> None:
     assert found is not None
     assert abs(found.d_prime) < 0.08
     assert abs(found.meta_d_prime) < 0.2
-    assert found.m_ratio is None or abs(found.d_prime) > 0.05
+    assert found.m_ratio is None  # of a d' of 0.02, by which nothing can be divided
 
 
 @pytest.mark.parametrize(

@@ -281,7 +281,7 @@ def test_spearman_against_hand_values() -> None:
 def test_spearman_is_undefined_for_a_constant_or_for_fewer_than_two_values() -> None:
     for a, b in (([1, 1, 1], [1, 2, 3]), ([1], [2])):
         assert np.isnan(spearman(a, b))
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="same shape"):
         spearman([1, 2], [1, 2, 3])
 
 

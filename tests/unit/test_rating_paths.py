@@ -191,6 +191,17 @@ def layouts(lengths=(33, 1, 60, 7, 18, 2, 45, 12, 26)):
 
 
 LAYOUTS = tuple(layouts())
+EVERY_LAYOUT = ("llama", "gemma2", "bloom")  # of the others the slow tests have the second and third layout
+
+
+def with_layouts(families):
+    """(family, layout) of all, of which few are not slow."""
+    return [
+        pytest.param(family, layout, id=f"{family}-{layout}", marks=[pytest.mark.slow] * slow)
+        for family in families
+        for layout in LAYOUTS
+        for slow in [layout != LAYOUTS[0] and family not in EVERY_LAYOUT]
+    ]
 
 
 @functools.cache
@@ -198,15 +209,13 @@ def expected(family, layout):
     return PlainRater(make(family)).rate(layouts()[layout])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("family", DOCUMENT_FAMILIES)
+@pytest.mark.parametrize(("family", "layout"), with_layouts(DOCUMENT_FAMILIES))
 def test_documents_equal_whole_sequences(family, layout):
     rated = DocumentRater(make(family), BUDGET).rate(layouts()[layout])
     np.testing.assert_allclose(rated, expected(family, layout), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("family", DOCUMENT_FAMILIES | CACHED_FAMILIES)
+@pytest.mark.parametrize(("family", "layout"), with_layouts(DOCUMENT_FAMILIES | CACHED_FAMILIES))
 def test_cached_equals_whole_sequences(family, layout):
     rated = CachedRater(make(family), BUDGET).rate(layouts()[layout])
     np.testing.assert_allclose(rated, expected(family, layout), rtol=0, atol=1e-5)

@@ -1,5 +1,6 @@
 """Options of sample-answers, train-scorer and calibrate that do not go together are refused with the fix."""
 
+from operator import attrgetter
 from typing import Any
 
 import pytest
@@ -64,10 +65,18 @@ def test_what_does_not_go_together_is_refused(job: str, base: Any, change: Any, 
 
 
 @pytest.mark.parametrize(
-    ("job", "base"), [("sample-answers", SAMPLE), ("train-scorer", SCORER), ("calibrate", CALIBRATE)]
+    ("job", "base", "defaults"),
+    [
+        ("sample-answers", SAMPLE, {"labels.metric": "exact_match", "signals.similarity": "exact", "endpoint": None}),
+        ("train-scorer", SCORER, {"signals": [], "tests": []}),
+        ("calibrate", CALIBRATE, {"route": "none", "loss": "error", "scorer": None}),
+    ],
 )
-def test_the_smallest_configuration_is_enough(job: str, base: Any) -> None:
-    validate(CONFIGS[job], base, "config")
+def test_the_smallest_configuration_is_enough_and_has_the_documented_defaults(
+    job: str, base: Any, defaults: dict[str, Any]
+) -> None:
+    config = validate(CONFIGS[job], base, "config")
+    assert {key: attrgetter(key)(config) for key in defaults} == defaults
 
 
 def test_every_signal_has_a_direction_and_is_of_one_family() -> None:

@@ -68,7 +68,7 @@ def test_every_score_has_its_metrics_on_the_same_answers() -> None:
     assert scorer["coverage_at_risk_0.3"].value == metrics.coverage_at_risk(p, r, 0.3)[0]
     assert found.row("length").metrics["auroc"].value == pytest.approx(1 - metrics.auroc(p, r))
     assert all(cell.low <= cell.value <= cell.high for cell in scorer.values() if cell is not scorer["ece"])
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError, match="other"):
         found.row("other")
 
 

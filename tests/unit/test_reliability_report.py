@@ -338,10 +338,15 @@ def test_missing_facts_leave_their_sections_out(
 
 @pytest.mark.parametrize(("write", "facts"), PAGES)
 @pytest.mark.usefixtures("no_figures")
-def test_any_single_fact_may_be_missing(write: Write, facts: Callable[[], dict[str, Any]], tmp_path: Path) -> None:
+def test_any_single_fact_may_be_missing_and_takes_its_own_section_with_it(
+    write: Write, facts: Callable[[], dict[str, Any]], tmp_path: Path
+) -> None:
+    own = {"evaluation": "scores", "quarantined": "quarantine", "tests": "further", "signals": "kept by their AUROCs"}
     whole = facts()
+    shown = sections(page_of(write, whole, tmp_path))
     for name in whole.keys() - {"targets"}:
-        page_of(write, {key: value for key, value in whole.items() if key != name}, tmp_path)
+        page = page_of(write, {key: value for key, value in whole.items() if key != name}, tmp_path)
+        assert sections(page) == [section for section in shown if section != own.get(name, name)], name
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -643,14 +648,20 @@ def test_figures_of_two_hundred_thousand_answers_stay_small() -> None:
 @pytest.mark.parametrize("values", [[0.5], [0.5, 0.5], [0.0, 1.0], [NAN, 0.3]])
 def test_any_few_confidences_can_be_drawn(values: list[float]) -> None:
     confidence, correct = np.array(values), np.arange(len(values)) % 2
-    Page(reliability_figures.reliability_diagram(confidence, correct.astype(np.float64), "t"))
-    Page(reliability_figures.score_histograms(confidence, correct.astype(np.bool_), "t", thresholds=[(0.5, "t")]))
-    Page(answer_figures.histogram_rows({"a": confidence}, "x", "t"))
-    Page(answer_figures.signal_panels({"a": confidence, "b": -confidence}, correct.astype(np.bool_), {"a": 1}, "t"))
-    Page(scorer_figures.coefficients(["a"] * len(values), np.nan_to_num(confidence).tolist(), "t"))
-    Page(policy_figures.wealth(np.nan_to_num(confidence), 0.05, "t"))
+    for drawn in (
+        reliability_figures.reliability_diagram(confidence, correct.astype(np.float64), "t"),
+        reliability_figures.score_histograms(confidence, correct.astype(np.bool_), "t", thresholds=[(0.5, "t")]),
+        answer_figures.histogram_rows({"a": confidence}, "x", "t"),
+        answer_figures.signal_panels({"a": confidence, "b": -confidence}, correct.astype(np.bool_), {"a": 1}, "t"),
+        scorer_figures.coefficients(["a"] * len(values), np.nan_to_num(confidence).tolist(), "t"),
+        policy_figures.wealth(np.nan_to_num(confidence), 0.05, "t"),
+    ):
+        assert figures_of(Page(drawn)) == ["t"]
+        assert "nan" not in drawn.lower()
 
 
 @pytest.mark.parametrize("tokens", [[0], [7, 7], [9, 10], [1, 100_000]])
 def test_lengths_of_any_range_can_be_drawn(tokens: list[int]) -> None:
-    Page(answer_figures.histogram_rows({"a": np.array(tokens, np.float64)}, "tokens", "t", log=True))
+    drawn = answer_figures.histogram_rows({"a": np.array(tokens, np.float64)}, "tokens", "t", log=True)
+    assert figures_of(Page(drawn)) == ["t"]
+    assert "nan" not in drawn.lower()

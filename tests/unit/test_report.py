@@ -223,7 +223,7 @@ def test_report_says_when_everything_was_rated_before(tmp_path: Path) -> None:
     assert "– tokens a second" in page.text
 
 
-@pytest.mark.parametrize(("rows", "shown"), [(1, 1), (5, 5), (7, 7), (15, 15), (60, 15)])
+@pytest.mark.parametrize(("rows", "shown"), [(1, 1), (7, 7), (60, 15)])
 def test_no_example_is_shown_twice(tmp_path: Path, rows: int, shown: int) -> None:
     html = build(tmp_path, num_rows=rows, select={"count": 1})
     ranks = [line.split("<b>#")[1].split("<")[0] for line in html.splitlines() if "<b>#" in line]
@@ -247,7 +247,9 @@ def test_figures_of_a_hundred_thousand_rows_stay_small() -> None:
 
 @pytest.mark.parametrize("tokens", [[1], [7, 7, 7], [0, 1], [9, 10], [1, 1_000_000]])
 def test_lengths_of_any_range_can_be_drawn(tokens: list[int]) -> None:
-    Page(figures.lengths(np.array(tokens), np.ones(len(tokens), np.bool_), "t"))
+    drawn = figures.lengths(np.array(tokens), np.ones(len(tokens), np.bool_), "t")
+    assert [attributes["aria-label"] for tag, attributes in Page(drawn).tags if tag == "svg"] == ["t"]
+    assert "nan" not in drawn.lower()
 
 
 def test_spearman_by_hand() -> None:

@@ -168,7 +168,8 @@ def test_requests_get_numbers_or_null_with_the_reason(run: Path) -> None:
         {"question": "who?", "answer": "Bach"},
     ]
     found = score_requests(scorer, [ScoreRequest.parse(request) for request in requests])
-    assert 0 <= found[0]["confidence"] <= 1
+    (expected,) = scorer.score([ScoreInput("who?", "Bach")], {"perplexity": np.array([1.5])})[0].confidence
+    assert found[0]["confidence"] == pytest.approx(expected, abs=1e-6)
     assert found[0]["reason"] is None
     assert [one["confidence"] for one in found[1:]] == [None, None]
     assert {one["reason"] for one in found[1:]} == {"no finite value of perplexity"}

@@ -73,8 +73,9 @@ def test_the_order_of_the_answers_changes_no_bit(family: str, folders: dict[str,
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_empty_answer_is_scored(family: str, folders: dict[str, Path]) -> None:
-    found = SequenceClassificationScorer(folders[family]).score([ScoreInput("who?", ""), ScoreInput("", "")])
-    assert ((found > 0) & (found < 1)).all()
+    inputs = [ScoreInput("who?", ""), ScoreInput("", "")]
+    found = SequenceClassificationScorer(folders[family]).score(inputs)
+    assert found == pytest.approx(1 / (1 + np.exp(-one_by_one(folders[family], inputs))), abs=1e-4)
 
 
 def test_bce_gives_probabilities_and_mse_the_logits(tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -15,7 +17,7 @@ from serve_apps.agents import merge
 from serve_apps.calls import ServeCall
 from serve_apps.meters import GatewayMeters
 from serve_apps.notebook import Notebook
-from serve_apps.recorder import Recorder
+from serve_apps.recorder import SETTLES_S, Recorder
 from serve_apps.tokens import digests, page_token, read_tokens
 from serve_apps.web.bodies import FeedbackBody
 from serve_apps.web.errors import ApiError
@@ -55,7 +57,9 @@ def test_labels_are_rows_that_calibrate_reads(tmp_path: Path) -> None:
 def test_an_answer_is_labelled_once_and_not_in_two_ways() -> None:
     book = Book(10)
     book.add(entry("a"))
-    assert book.label("a", True) is not None
+    row = book.label("a", True)
+    assert row is not None
+    assert (row["id"], row["correct"]) == ("a", True)
     assert book.label("a", True) is None
     with pytest.raises(LabelledOtherwise, match="labelled right before"):
         book.label("a", False)
@@ -178,8 +182,10 @@ def test_half_a_line_of_a_recorder_that_was_killed_spoils_no_later_one(tmp_path:
 def test_a_recorder_that_came_back_waits_for_what_gateways_could_not_tell(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serve_apps.recorder.SETTLES_S", 1.5)
-    monkeypatch.setattr("serve_apps.notebook.EVERY_S", 0.02)
+    clock = SimpleNamespace(now=100.0)
+    for module in ("recorder", "notebook"):
+        monkeypatch.setattr(f"serve_apps.{module}.time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr("serve_apps.notebook.EVERY_S", 0.0)
     policy = {"version": POLICY.version, "path": str(tmp_path / "policy.json")}
 
     def recorder() -> Any:
@@ -199,19 +205,23 @@ def test_a_recorder_that_came_back_waits_for_what_gateways_could_not_tell(
         first = recorder()
         assert (await first.label("nobody", True))["status"] == "unknown", "there was nothing before to wait for"
         await first.record(policy, [row("told")])
-        second = recorder()
+        second, asked = recorder(), Counter[str]()
 
         async def call(method: str, *args: Any) -> Any:
+            asked[args[0]] += 1
             return await second.call(None, method, args)
 
         notebook = Notebook(cast(ServeCall, call), cast(GatewayMeters, None), review_texts=False)
         assert await status(notebook, "told") == 200
         late = asyncio.create_task(status(notebook, "late"))
-        await asyncio.sleep(0.5)  # many times the three looks that an unknown id is worth otherwise
+        while asked["late"] < 10:  # an unknown id is worth three looks otherwise
+            await asyncio.sleep(0)
         assert not late.done()
         await second.record(policy, [row("late")])
         assert await late == 200
+        clock.now += SETTLES_S
         assert await status(notebook, "nobody") == 404
+        assert asked["nobody"] == 3
         assert (await second.label("nobody", True))["status"] == "unknown", "by now every gateway has told"
 
     asyncio.run(scene())

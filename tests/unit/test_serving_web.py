@@ -193,7 +193,8 @@ def test_while_the_models_are_replaced_what_fails_is_to_be_asked_again_and_is_no
             reply = await g.post("/v1/predict", json={"question": "Q?"})
             assert reply.status_code == status
             assert ("retry-after" in reply.headers) == (status == 503)
-            assert "answer" not in reply.json() or reply.json()["reason"] == reason
+            told = reply.json()["error"]["type"] if status == 503 else reply.json()["reason"]
+            assert told == ("unavailable" if status == 503 else reason)
 
     asyncio.run(test())
 
@@ -428,6 +429,7 @@ def test_when_the_client_leaves_the_work_ends(stream: bool) -> None:
             left.set()
             await g.predictor.cancelled.wait()
             await serving
+            assert b"Paris is it" not in b"".join(message.get("body", b"") for message in sent)
 
     run(test)
 

@@ -103,7 +103,9 @@ def test_a_question_too_long_is_left_out_and_counted(tmp_path):
             for a, b in ((ANSWERS[q][i], ANSWERS[q][j]) for q, i, j in pairs)
         ]
     assert shortened.tolist() == wanted
-    equivalence.relation(["what"], [["cat " * 30, "dog " * 30]])([(0, 0, 1)])
+    before = equivalence.truncated
+    assert len(equivalence.relation(["what"], [["cat " * 30, "dog " * 30]])([(0, 0, 1)])) == 1
+    assert equivalence.truncated > before
 
 
 @pytest.mark.parametrize(

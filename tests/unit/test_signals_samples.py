@@ -129,8 +129,7 @@ def test_exact_means_equal_after_normalisation_and_unicode_counts():
         "京都",
     ]
     (found,) = cluster([Answered("q", samples)], ExactEquivalence())
-    assert found.samples[:6] == (0, 0, 1, 2, 2, 3)
-    assert len(set(found.samples[6:])) >= 2
+    assert found.samples == (0, 0, 1, 2, 2, 3, 4, 5, 6)  # only ASCII punctuation is no part of an answer
 
 
 def test_answers_with_nothing_left_after_normalisation_are_told_apart():

@@ -106,7 +106,8 @@ def test_the_area_with_most_changed_lines_comes_first_and_helpers_count_for_thei
     assert touched.slow_files({"tests/integration/test_exar.py": 1}, files) == ["integration/test_exar.py"]
 
 
-def test_a_run_out_of_time_leaves_no_process_and_is_no_success(tmp_path: Path) -> None:
+def test_a_run_out_of_time_leaves_no_process_and_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(touched, "_TIDY_UP_S", 0.5)
     code = f"import subprocess, sys; subprocess.Popen(['sleep', '600']).wait(); open({str(tmp_path / 'late')!r}, 'w')"
     assert touched._run([sys.executable, "-c", code], 0.5) is None
     assert not (tmp_path / "late").exists()

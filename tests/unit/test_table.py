@@ -110,7 +110,7 @@ def test_two_models_stand_side_by_side_in_the_order_given(files: Files) -> None:
 def test_a_missing_rating_is_an_error(files: Files, number: int) -> None:
     rows = all_rows(TURNS)
     del rows[number]
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="missing or twice"):
         load_ratings([files(rows)], HASHES, RATINGS)
 
 
@@ -138,7 +138,7 @@ def test_two_turns_that_lack_different_prompts_do_not_make_one_another_good(file
 def test_models_that_rated_different_examples_are_never_mixed_up(files: Files) -> None:
     m = files(all_rows({"a": 1, "b": 1, "c": 1}))
     for other in ({"a": 1, "b": 1, "d": 1}, {"a": 1, "b": 2}, {"a": 1, "b": 1}, {"a": 1, "b": 1, "c": 1, "d": 1}):
-        with pytest.raises(RuntimeError):
+        with pytest.raises(RuntimeError, match="not of the same turns"):
             load_ratings([m, files(all_rows(other, model="n"))], HASHES, RATINGS)
 
 

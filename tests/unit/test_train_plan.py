@@ -142,7 +142,7 @@ def test_steps_may_be_asked_in_any_order():
 
 @pytest.mark.parametrize("i", [-1, 5])
 def test_there_is_no_step_outside_the_run(i):
-    with pytest.raises(IndexError):
+    with pytest.raises(IndexError, match=f"step {i} of 5"):
         run_of(max_steps=5).step(i)
 
 

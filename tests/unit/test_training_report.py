@@ -101,7 +101,8 @@ def test_every_size_of_run_makes_a_page_on_its_own(tmp_path: Path, steps: int, t
     page = Page(build(tmp_path, records, config(tasks)))
     assert all(not value.startswith("http") for _, attrs in page.tags for k, value in attrs.items() if k in ("src", "href") and value)  # fmt: skip
     assert sum(tag == "figure" for tag, _ in page.tags) == (0 if not steps else 3 if tasks == 1 else 4)
-    assert f"{steps:,}" in page.text
+    done = f"{steps:,} step{'s' if steps > 1 else ''}" if steps else "No step yet"
+    assert f"{done} on {tasks} task{'s' if tasks > 1 else ''}" in page.text
 
 
 def test_a_long_run_is_drawn_with_few_points(tmp_path: Path) -> None:
