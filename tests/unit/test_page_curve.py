@@ -12,7 +12,7 @@ POINTS = points_of(CURVE)
 
 
 def test_points_go_from_strict_to_lenient_whatever_order_they_come_in() -> None:
-    assert POINTS == [Point(0.9, 0.2, None), Point(0.7, 0.6, 0.1), Point(0.5, 1.0, 0.3)]
+    assert [Point(0.9, 0.2, None), Point(0.7, 0.6, 0.1), Point(0.5, 1.0, 0.3)] == POINTS
 
 
 def test_columns_of_different_lengths_are_no_curve() -> None:

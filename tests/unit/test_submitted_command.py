@@ -244,9 +244,14 @@ def test_a_token_comes_from_the_environment_or_from_its_file(monkeypatch: pytest
 def test_an_address_of_the_environment_is_hidden_and_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
-    with pytest.raises(OSError, match="away"), submission._without_ray_address():
-        assert "RAY_ADDRESS" not in os.environ
-        raise OSError("away")
+
+    def fail() -> None:
+        with submission._without_ray_address():
+            assert "RAY_ADDRESS" not in os.environ
+            raise OSError("away")
+
+    with pytest.raises(OSError, match="away"):
+        fail()
     assert os.environ["RAY_ADDRESS"] == "127.0.0.1:1"
     assert "RAY_API_SERVER_ADDRESS" not in os.environ
 
