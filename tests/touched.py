@@ -29,7 +29,11 @@ AREAS: Mapping[str, tuple[str, ...]] = {
         "unit/test_rating_paths.py",
     ),
     "stitch_ray/data/": ("unit/test_readers.py", "faults/test_select_faults.py"),
-    "stitch_ray/engines/": ("faults/test_select_faults.py", "integration/test_serving_models.py"),
+    "stitch_ray/engines/": (
+        "integration/test_vllm_engine.py",
+        "faults/test_select_faults.py",
+        "integration/test_serving_models.py",
+    ),
     "stitch_ray/training/": (
         "integration/test_finetune.py",
         "integration/test_zero_state.py",

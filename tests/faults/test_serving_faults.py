@@ -16,7 +16,6 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 TWO: dict[str, Any] = {"gateway": {"min_replicas": 2, "max_replicas": 2}, "ensemble": {"limits": {"deadline_s": 30.0}}}
 APPLICATION: dict[str, Any] = {"latency_s": 0.1, "replicas": 2}
-RECOVERED_S = 10.0
 KILLS, MANY = 4, 24
 """Of one kind while nothing is protected, and clients then: a kill may meet a replica that had nothing to do."""
 
@@ -82,7 +81,7 @@ def test_a_killed_replica_is_not_noticed(
     fault = f"SIGKILL {deployment}, {replicas} replica{'s' if replicas > 1 else ''}, twice"
     fault_table.add(fault, report, recovery_s=recovery_s, control=shown)
     assert report.verdicts.keys() == {"right"}, report.worst
-    assert recovery_s <= RECOVERED_S
+    assert report.between(killed_at).asked, "nobody asked after the kill"
 
 
 def test_a_killed_gateway_costs_what_it_was_working_on_and_our_client_nothing(
@@ -109,4 +108,4 @@ def test_a_killed_gateway_costs_what_it_was_working_on_and_our_client_nothing(
     fault = "SIGKILL Gateway, 2 replicas, three times, stitch_ray.client"
     fault_table.add(fault, report, recovery_s=recovery_s, control=f"{failures} failed with bare HTTP")
     assert report.verdicts.keys() == {"right"}, report.worst
-    assert recovery_s <= RECOVERED_S
+    assert report.between(killed_at).asked, "nobody asked after the first kill"

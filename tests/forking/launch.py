@@ -12,8 +12,6 @@ import sys
 import time
 
 SOCKET = "STITCH_RAY_TEST_FORK_SOCKET"
-
-
 _PATIENCE_S = 120  # the first workers are asked for while the server still imports
 
 

@@ -36,7 +36,7 @@ MODULES = (
     "stitch_ray.selection.rater",
 )
 _THREADS = {"python", "jemalloc_bg_thd"}  # jemalloc starts its own anew in every fork
-_POLL_S = 0.02
+_POLL_S = 0.1
 
 
 class Fork:

@@ -660,6 +660,7 @@ def test_mistake_exits_2_before_anything_is_rated_and_leaves_no_folder(
     assert calls.take() == []
 
 
+@pytest.mark.slow
 def test_mistakes_exit_2_from_the_real_command(small: Path, tiny_model: Path, tmp_path: Path) -> None:
     config = values(small, tiny_model)
     message = too_many_replicas(config, tmp_path)
@@ -703,7 +704,7 @@ def test_more_rows_asked_for_than_rated_keeps_the_ratings(
 # Selection by more than the score
 
 
-@pytest.mark.parametrize("max_cosine", [0.95, 0.5])
+@pytest.mark.parametrize("max_cosine", [pytest.param(0.95, marks=pytest.mark.slow), 0.5])
 def test_diverse_selection_holds_no_two_rows_above_max_cosine(
     max_cosine: float, copy: tuple[Values, Path], calls: CallLog
 ) -> None:

@@ -76,7 +76,7 @@ def served(ray_cluster: object, tmp_path_factory: pytest.TempPathFactory) -> Ite
     serve.shutdown()
 
 
-def wait_for(condition: Callable[[], bool], timeout_s: float = 30) -> None:
+def wait_for(condition: Callable[[], bool], timeout_s: float = 120) -> None:
     ends = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < ends, "it did not happen in time"
@@ -102,12 +102,12 @@ def test_every_decision_over_http(served: Served) -> None:
     assert served.ask("primary=error").status_code == 422
 
 
-def test_time_is_bounded_and_nothing_late_is_given(served: Served) -> None:
+def test_who_is_late_is_cancelled_and_nothing_late_is_given(served: Served) -> None:
     for question in ("primary=slow", "scorer=slow", "draft=0.2 auxiliary=slow"):
-        started = time.monotonic()
-        body = served.ask(question, deadline_s=0.5).json()
+        cancelled = served.log.count("cancelled ")
+        body = served.ask(question, deadline_s=1.0).json()
         assert (body["decision"], body["reason"], body["answer"]) == ("abstain", "deadline", None)
-        assert time.monotonic() - started < 5
+        wait_for(lambda before=cancelled: served.log.count("cancelled ") > before)
 
 
 def test_the_request_id_is_the_clients_and_stands_in_the_response(served: Served) -> None:
@@ -183,18 +183,25 @@ def test_a_stream_has_the_turns_and_no_text_that_was_not_asked_for(served: Serve
         assert "draft 0.3" in response.read().decode()
 
 
-def read_for(client: httpx.Client, body: dict[str, Any], seconds: float) -> None:
-    with client.stream("POST", "/v1/predict", json=body, timeout=seconds) as response:
-        response.read()
-
-
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_ends_the_work_of_the_models(served: Served, stream: bool) -> None:
+    """It leaves once the primary is at work; then its own answer does not reach a deadline, which would cancel as well."""
+    body = {"question": "primary=slow", "stream": stream}
+    name = f"leaves-{stream}"
+
+    async def leave() -> None:
+        headers = {**AUTHORIZED, "x-request-id": name}
+        async with httpx.AsyncClient(base_url=served.url, headers=headers, timeout=None, trust_env=False) as client:
+            asking = asyncio.create_task(client.post("/v1/predict", json=body))
+            while f"answer {name}\n" not in served.log:
+                assert not asking.done()
+                await asyncio.sleep(0.01)
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+
     before = served.log.count("cancelled answer")
-    body = {"question": "primary=slow", "stream": stream, "deadline_s": 5}
-    with pytest.raises(httpx.ReadTimeout):
-        read_for(served.client, body, 0.5)
-    wait_for(lambda: served.log.count("cancelled answer") > before, timeout_s=4)
+    asyncio.run(leave())
+    wait_for(lambda: served.log.count("cancelled answer") > before)
 
 
 def test_batches_keep_their_order_and_bodies_their_limits(served: Served) -> None:
@@ -246,7 +253,7 @@ def test_metrics_count_decisions_whichever_gateway_is_asked(served: Served) -> N
         text = response.text
         return "ray_stitch_answers_total" in text and 'reason="confident"' in text
 
-    wait_for(counted, timeout_s=40)
+    wait_for(counted)
 
 
 def test_another_policy_is_taken_without_a_restart_and_a_wrong_one_is_refused(served: Served) -> None:

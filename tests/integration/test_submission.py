@@ -154,6 +154,7 @@ def test_a_failed_job_is_submitted_again_as_the_next_attempt(head: str, submissi
     assert {submission_id, f"{submission_id}-2"} <= ids
 
 
+@pytest.mark.slow
 def test_a_stopped_job_can_be_submitted_again_at_once(head: str, submission_id: str) -> None:
     client = _connect(head)
     _submit_entrypoint(client, "sleep 600", submission_id, runtime_env={})

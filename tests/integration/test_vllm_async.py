@@ -94,7 +94,7 @@ def ask(prompt: Any, sampling: Sampling = Sampling(max_tokens=8), **more: Any) -
 
 def run(work: Callable[[], Awaitable[T]]) -> T:
     async def within() -> T:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(300):
             return await work()
 
     return asyncio.run(within())

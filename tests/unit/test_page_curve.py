@@ -108,6 +108,7 @@ def test_a_place_where_nothing_is_answered_has_no_mark() -> None:
 )
 def test_the_scale_reaches_over_the_highest_risk_and_the_promise(risk: float, promised: float | None, top: str) -> None:
     page = drawn([Point(0.5, 1.0, risk)], Point(0.5, 1.0, risk), None, promised)
-    upper = [word for word in page.words if word.endswith("%") and not word.startswith("promised")][5:8]
-    assert upper[-1] == top
+    shares = [word for word in page.words if word.endswith("%") and not word.startswith("promised")]
+    assert shares[:5] == ["0 %", "25 %", "50 %", "75 %", "100 %"]  # of the questions, on the other axis
+    assert (shares[5], shares[7]) == ("0 %", top)
     assert where(of(page, "circle", "chosen")[0])[1] >= 0
