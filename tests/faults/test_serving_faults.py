@@ -66,7 +66,8 @@ def test_a_killed_replica_is_not_noticed(
     deployment: str,
 ) -> None:
     assert unprotected[deployment], "without protection nobody saw it either"
-    assert ensemble.deploy(TWO, **APPLICATION) is None
+    kept = {"feedback": {"folder": str(ensemble.folder / "feedback")}}  # a recorder without one forgets when it dies
+    assert ensemble.deploy({**TWO, **kept}, **APPLICATION) is None
     with asking(ensemble.url, thresholds, feedback=deployment == "Recorder") as clients:
         clients.for_s(4)
         killed_at = clients.now
