@@ -24,6 +24,9 @@ PYTEST_ARGS ?=
 # Processes that share out the tests, file by file; each has a Ray of its own.
 PROCESSES ?= 2
 
+# Dozens of Ray workers import the same files: compiled once, also where the environment says otherwise.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all test-touched test-machines lint format bench lock clean
 

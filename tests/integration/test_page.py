@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 from playwright.sync_api import BrowserContext, Page, expect, sync_playwright
 
-from serve_apps.page import mount_page
 from stitch_ray.reliability.cascade import replay
 from stitch_ray.reliability.metrics import risk_coverage_curve
 from tests import needs
@@ -29,9 +28,16 @@ def browser() -> Iterator[BrowserContext]:
         started.close()
 
 
+def mounted(token: str | None = None) -> Callable[[FakeGateway], object]:
+    """Puts the page on a gateway. Gradio takes seconds to import: not while tests are collected, in every process."""
+    from serve_apps.page import mount_page
+
+    return lambda gateway: mount_page(gateway.app, gateway.url, token, "Stitch")
+
+
 @pytest.fixture(scope="module")
 def running() -> Iterator[FakeGateway]:
-    with serving(lambda gateway: mount_page(gateway.app, gateway.url, TOKEN, "Stitch"), token=TOKEN) as gateway:
+    with serving(mounted(TOKEN), token=TOKEN) as gateway:
         yield gateway
 
 
@@ -231,7 +237,7 @@ def test_nothing_is_wider_than_the_window(opened: Opened, width: int) -> None:
 
 
 def test_a_policy_without_its_calibration_answers_has_no_slider(browser: BrowserContext) -> None:
-    with serving(lambda gateway: mount_page(gateway.app, gateway.url, None, "Stitch"), calibration=None) as gateway:
+    with serving(mounted(), calibration=None) as gateway:
         opened = _open(browser, gateway)
         expect(opened.page.locator("#tiles")).to_contain_text("without its calibration answers")
         expect(opened.page.locator("#threshold input[type=number]")).to_be_disabled()
@@ -240,7 +246,7 @@ def test_a_policy_without_its_calibration_answers_has_no_slider(browser: Browser
 
 
 def test_tasks_with_promises_of_their_own_can_be_chosen(browser: BrowserContext) -> None:
-    with serving(lambda gateway: mount_page(gateway.app, gateway.url, None, "Stitch")) as gateway:
+    with serving(mounted()) as gateway:
         own = {**gateway.policy["targets"][0], "task": "art", "target_risk": 0.2, "threshold": 0.5}
         gateway.policy["targets"].append(own)
         opened = _open(browser, gateway)
