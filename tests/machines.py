@@ -1,10 +1,11 @@
 """`make test-machines`: the tests whose numbers could depend on the machine, as on other machines, one setting at a time.
 
-    python -m tests.machines [--settings NAME …] [--parts numeric resume demo] [--minutes N]
+    python -m tests.machines [--settings NAME …] [--processes N]
 
 A setting limits which instructions the libraries may use, how many threads they have, or where weights lie in memory. One
-that this processor lacks is "not run". Every cell is written as it ends to benchmarks/results/machines-<processor>.md,
-with the versions; cells of settings that were not asked for keep what they were.
+that this processor lacks is "not run". The columns are the tests with these marks (pyproject.toml); one that has two is
+in both. What a setting gave is written as it ends to benchmarks/results/machines-<processor>.md, with the versions;
+settings that were not asked for keep what they gave before.
 """
 
 from __future__ import annotations
@@ -16,13 +17,17 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from benchmarks.harness import machine, table
+from tests.tally import MARKS, Tally
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -50,12 +55,6 @@ SETTINGS = {
     "two threads": Setting({"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}),
     "unaligned weights": Setting({"PYTHONPATH": str(ROOT / "tests" / "unaligned")}),
 }
-# The tests that are marked `numeric`, and those that are marked `resume`: what runs twice must come out the same.
-PARTS: dict[str, tuple[str, ...]] = {
-    "numeric": ("tests", "-m", "numeric and not slow"),
-    "resume": ("tests", "-m", "resume and not slow"),
-    "demo": ("tests/integration/test_demo.py", "-m", "not slow"),
-}
 
 
 def lacks(setting: Setting, flags: frozenset[str]) -> str | None:
@@ -63,20 +62,18 @@ def lacks(setting: Setting, flags: frozenset[str]) -> str | None:
     return f"not run: no {setting.needs}" if setting.needs and setting.needs not in flags else None
 
 
-def cell(output: str, code: int) -> str:
-    """What stands in the table, of the last lines of pytest."""
-    counts = {what: int(number) for number, what in re.findall(r"(\d+) (passed|failed|errors?|skipped)", output)}
-    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.M)
-    if not counts.get("passed") and not failed:
-        return f"nothing ran (exit {code})"
-    text = ", ".join(f"{number} {what}" for what, number in counts.items())
-    return text + (": " + ", ".join(name.rpartition("/")[2] for name in failed) if failed else "")
+def cell(outcomes: Mapping[str, Sequence[str]], code: int) -> str:
+    """What stands in the table. outcomes: of the tests of one mark, as `tests.tally` has them; code: pytest's."""
+    text = ", ".join(f"{len(ids)} {outcome}" for outcome, ids in outcomes.items()) or "nothing ran"
+    wrong = [id.rpartition("/")[2] for outcome, ids in outcomes.items() if outcome != "passed" for id in ids]
+    ended = code in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
+    return text + (": " + ", ".join(wrong) if wrong else "") + ("" if ended else f" (pytest ended with {code})")
 
 
 def render(cells: dict[str, dict[str, str]], where: dict[str, Any]) -> str:
     rows = [
         {"setting": name, "date": found.get("date", ""), "libraries": found.get("libraries", "")}
-        | {part: found.get(part, "") for part in PARTS}
+        | {mark: found.get(mark, "") for mark in MARKS}
         for name, found in cells.items()
     ]
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
@@ -114,20 +111,30 @@ def _libraries(setting: Setting) -> str:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def _run(setting: Setting, part: str, processes: int) -> str:
-    command = [*setting.prefix, sys.executable, "-m", "pytest", *PARTS[part], "-q", "-n", str(processes)]
-    started = time.monotonic()
-    found = subprocess.run(command, cwd=ROOT, env=_environment(setting), capture_output=True, text=True, check=False)
-    text = cell(found.stdout, found.returncode)
-    print(found.stdout[-1500:] if found.returncode else "", end="", flush=True)
-    return f"{text} ({time.monotonic() - started:.0f} s)"
+def _files() -> list[str]:
+    """With tests of these marks: the others need not even be read."""
+    marked = re.compile(r"mark\.(?:" + "|".join(MARKS) + r")\b")
+    paths = sorted((ROOT / "tests").glob("*/test_*.py"))
+    return [str(path.relative_to(ROOT)) for path in paths if marked.search(path.read_text(encoding="utf-8"))]
+
+
+def _run(setting: Setting, processes: int) -> tuple[Tally, int]:
+    """The tests by mark and outcome, and how pytest ended."""
+    chosen = ["-m", f"({' or '.join(MARKS)}) and not slow", "-p", "tests.tally", *_files()]
+    command = [*setting.prefix, sys.executable, "-m", "pytest", "-q", "-n", str(processes), *chosen]
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        environment = _environment(setting) | {"STITCH_RAY_TALLY": file.name}
+        found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        text = Path(file.name).read_text(encoding="utf-8")
+    if found.returncode:
+        print(found.stdout[-20_000:], found.stderr[-2_000:], sep="\n", flush=True)
+    return json.loads(text or "{}"), found.returncode
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), metavar="NAME")
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument("--processes", type=int, default=2, help="that share out the tests of a cell (default 2)")
+    parser.add_argument("--processes", type=int, default=2, help="that share out the tests (default 2)")
     options = parser.parse_args(arguments)
     where, flags = machine(), _processor()
     name = "-".join(re.findall(r"[a-z0-9]+", where["cpu"].lower()))
@@ -136,17 +143,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cells = {one: cells.get(one, {}) for one in SETTINGS}
     failed = []
     for one in options.settings:
-        setting, found = SETTINGS[one], cells[one]
-        found["date"] = datetime.date.today().isoformat()
+        setting, started = SETTINGS[one], time.monotonic()
         reason = lacks(setting, flags)
-        found["libraries"] = reason or _libraries(setting)
-        for part in options.parts:
-            found[part] = reason or _run(setting, part, options.processes)
-            print(f"{one} | {part}: {found[part]}", flush=True)
-            if " failed" in found[part] or " error" in found[part] or "nothing ran" in found[part]:
-                failed.append(f"{one}, {part}")
-            state.write_text(json.dumps({"machine": where, "cells": cells}, indent=1) + "\n", encoding="utf-8")
-            state.with_suffix(".md").write_text(render(cells, where), encoding="utf-8")
+        cells[one] = {"date": datetime.date.today().isoformat(), "libraries": reason or _libraries(setting)}
+        if reason is None:
+            tally, code = _run(setting, options.processes)
+            cells[one] |= {mark: cell(tally.get(mark, {}), code) for mark in MARKS}
+            if code:
+                failed.append(one)
+        print(f"{one} ({time.monotonic() - started:.0f} s): {cells[one]}", flush=True)
+        state.write_text(json.dumps({"machine": where, "cells": cells}, indent=1) + "\n", encoding="utf-8")
+        state.with_suffix(".md").write_text(render(cells, where), encoding="utf-8")
     if failed:
         raise SystemExit("failed: " + "; ".join(failed))
 

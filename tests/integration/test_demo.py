@@ -15,7 +15,7 @@ import pytest
 from jobs import demo
 from serve_apps import deploying
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.demo]
 
 STAGES = ("select", "finetune", "sample-answers", "train-scorer", "predict", "calibrate")
 # Few rows, and training enough to answer with a digit: of those every seventh is right by chance, all that is asked.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -125,12 +126,44 @@ def test_a_setting_that_the_processor_lacks_is_not_run() -> None:
 
 
 def test_a_cell_counts_and_names_what_failed() -> None:
-    output = "FAILED tests/unit/test_x.py::test_y[1] - assert 1\n==== 1 failed, 8 passed, 2 deselected in 3.4s ====\n"
-    assert machines.cell(output, 1) == "1 failed, 8 passed: test_x.py::test_y[1]"
-    assert machines.cell("no tests ran in 0.1s", 5) == "nothing ran (exit 5)"
+    assert machines.cell({"passed": ["a", "b"]}, 0) == "2 passed"
+    outcomes = {"passed": ["a"] * 8, "failed": ["tests/unit/test_x.py::test_y[1]"]}
+    assert machines.cell(outcomes, 1) == "8 passed, 1 failed: test_x.py::test_y[1]"
+    assert machines.cell({}, 1) == "nothing ran"
+    assert machines.cell({"passed": ["a"]}, 3) == "1 passed (pytest ended with 3)"
     where = {"cpu": "X", "versions": {"torch": "2"}}
     page = machines.render({"as it is": {"numeric": "8 passed", "date": "2026-01-01"}}, where)
     assert "| as it is | 2026-01-01 |  | 8 passed |  |  |" in page
+
+
+_THREE_OUTCOMES = """
+import pytest
+pytestmark = pytest.mark.numeric
+@pytest.fixture
+def broken(): raise OSError
+def test_right(): pass
+@pytest.mark.resume
+def test_wrong(): assert False
+def test_without_its_fixture(broken): pass
+"""
+
+
+def test_tests_are_told_by_mark_and_outcome(tmp_path: Path) -> None:
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  numeric\n  resume\n")
+    (tmp_path / "test_some.py").write_text(_THREE_OUTCOMES)
+    (tmp_path / "test_other.py").write_text("def test_unmarked(): pass")
+    tally = tmp_path / "tally.json"
+    environment = {**os.environ, "STITCH_RAY_TALLY": str(tally), "PYTHONPATH": str(TESTS.parent)}
+    command = [sys.executable, "-m", "pytest", "-n", "1", "-p", "tests.tally"]
+    assert subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=False).returncode == 1
+    assert json.loads(tally.read_text()) == {
+        "numeric": {
+            "passed": ["test_some.py::test_right"],
+            "failed": ["test_some.py::test_wrong"],
+            "error": ["test_some.py::test_without_its_fixture"],
+        },
+        "resume": {"failed": ["test_some.py::test_wrong"]},
+    }
 
 
 def test_weights_of_the_unaligned_setting_begin_off_every_boundary_and_are_the_same(tmp_path: Path) -> None:
